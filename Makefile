@@ -1,0 +1,28 @@
+# A recipe sees the Rust of rustup even where no login shell has put it on PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test prepare lint
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+run: ## build and start everything, with a Postgres of its own (ARGS="--help": what dev takes)
+	@.ci/tools cargo cc
+	@.ci/postgres >/dev/null
+	@cargo build --release --locked
+	@SINGLETRACK_PG_BIN=$$(.ci/postgres) && export SINGLETRACK_PG_BIN && exec target/release/singletrack dev $(ARGS)
+
+test: ## every test, against a Postgres of its own (PG=18: of that version; TESTARGS: for cargo test)
+	@.ci/tools cargo cc
+	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the tests start a Postgres of their own"
+	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
+		exec cargo test --locked $(TESTARGS)
+
+prepare: ## write sqlx-data.json anew, after a change of a query or a migration
+	@.ci/prepare
+
+lint: ## formatting and clippy
+	@.ci/tools cargo cc
+	@cargo fmt --check
+	@cargo clippy --locked --all-targets -- -D warnings

@@ -1,0 +1,179 @@
+//! Extractors parse, so that handlers start with good values.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+use std::str::FromStr;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode, header};
+use serde::de::DeserializeOwned;
+
+use super::problem::{Place, Problem};
+use crate::domain::text::pointer_to_nul;
+
+/// A body of JSON. An empty body with the right content type is `{}`.
+pub(super) struct Json<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        if !is_json(request.headers()) {
+            return Err(Problem::not_json());
+        }
+        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
+        parse(&body).map(Self)
+    }
+}
+
+pub(super) fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("application/json")
+}
+
+fn unreadable(rejection: BytesRejection) -> Problem {
+    if rejection.status() == StatusCode::PAYLOAD_TOO_LARGE {
+        return Problem::too_large();
+    }
+    Problem::malformed("The body did not arrive whole.")
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    let in_body = |pointer: String, detail: String| Problem::invalid_at(Place::Pointer(pointer), detail);
+    let text = match std::str::from_utf8(body) {
+        Ok("") => "{}",
+        Ok(text) => text,
+        Err(error) => return Err(in_body(String::new(), format!("is not UTF-8 from byte {} on", error.valid_up_to()))),
+    };
+    let value: serde_json::Value =
+        serde_json::from_str(text).map_err(|error| Problem::malformed(format!("The body is not JSON: {error}.")))?;
+    if let Some(pointer) = pointer_to_nul(&value) {
+        return Err(in_body(pointer, "has a NUL character (\\u0000), which Postgres can't hold: leave it out".into()));
+    }
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let pointer: String = error.path().iter().map(|part| format!("/{part}")).collect();
+        in_body(pointer, error.inner().to_string())
+    })
+}
+
+/// The one parameter of the path, parsed.
+pub(super) struct Id<T>(pub(super) T);
+
+impl<S: Send + Sync, T: FromStr<Err: Display> + Send> FromRequestParts<S> for Id<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let wrong = |detail: String| Problem::invalid_at(Place::Parameter("id".into()), detail);
+        let Path(text) =
+            Path::<String>::from_request_parts(parts, state).await.map_err(|error| wrong(error.body_text()))?;
+        text.parse().map(Self).map_err(|error: T::Err| wrong(error.to_string()))
+    }
+}
+
+/// The parameters of the query, taken one by one; what is left over in the end is refused by name.
+pub(super) struct Params(Vec<(String, String)>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Params {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Query(pairs) = Query::from_request_parts(parts, state)
+            .await
+            .map_err(|error| Problem::malformed(format!("The query can't be read: {}", error.body_text())))?;
+        Ok(Self(pairs))
+    }
+}
+
+impl Params {
+    /// Every value given under `name`, parsed.
+    pub(super) fn all<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Vec<T>, Problem> {
+        let (these, others) = std::mem::take(&mut self.0).into_iter().partition(|(given, _)| given == name);
+        self.0 = others;
+        let parse = |(_, value): (String, String)| -> Result<T, Problem> {
+            let wrong = |detail: String| Problem::invalid_at(Place::Parameter(name.into()), detail);
+            if value.contains('\0') {
+                return Err(wrong("has a NUL character".into()));
+            }
+            value.parse().map_err(|error: T::Err| wrong(error.to_string()))
+        };
+        Vec::into_iter(these).map(parse).collect()
+    }
+
+    /// The value given under `name`, parsed; one that is given twice is refused.
+    pub(super) fn one<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Option<T>, Problem> {
+        let mut values = self.all(name)?;
+        if values.len() > 1 {
+            return Err(Problem::invalid_at(Place::Parameter(name.into()), "is given more than once"));
+        }
+        Ok(values.pop())
+    }
+
+    /// Refuses what nobody took.
+    pub(super) fn finish(self, known: &[&str]) -> Result<(), Problem> {
+        match self.0.first() {
+            None => Ok(()),
+            Some((name, _)) => Err(Problem::invalid_at(
+                Place::Parameter(name.clone()),
+                format!("is not a parameter of this call; its parameters are {}", known.join(", ")),
+            )),
+        }
+    }
+}
+
+/// Who sends the request: the name in `Singletrack-Actor`, on trust, else the peer's address.
+pub(super) struct Actor(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Actor {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        const HEADER: &str = "singletrack-actor";
+        let Some(name) = parts.headers.get(HEADER) else {
+            let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
+            return Ok(Self(peer.map_or_else(|| "unknown".to_owned(), |peer| peer.ip().to_string())));
+        };
+        match std::str::from_utf8(name.as_bytes()) {
+            Ok(name) if (1..=128).contains(&name.chars().count()) => Ok(Self(name.to_owned())),
+            _ => Err(Problem::invalid_at(
+                Place::Header("Singletrack-Actor".into()),
+                "must be 1 to 128 characters of UTF-8",
+            )),
+        }
+    }
+}
+
+/// Refuses headers that mean something in this API and that this call does not heed: ignoring them would break a promise
+/// that the caller relies on.
+pub(super) fn refuse_headers(headers: &HeaderMap, names: &[&str]) -> Result<(), Problem> {
+    match names.iter().find(|name| headers.contains_key(**name)) {
+        None => Ok(()),
+        Some(name) => Err(Problem::invalid_at(
+            Place::Header((*name).to_owned()),
+            "is not supported by this version for this call: leave it out",
+        )),
+    }
+}
+
+/// The seconds of `Prefer: wait=N` (RFC 7240), at most `longest`.
+pub(super) fn preferred_wait(headers: &HeaderMap, longest: Duration) -> Result<Option<Duration>, Problem> {
+    let mut wait = None;
+    for value in headers.get_all("prefer") {
+        let text = value.to_str().unwrap_or_default();
+        for preference in text.split([',', ';']).map(str::trim) {
+            let Some((name, seconds)) = preference.split_once('=') else { continue };
+            if !name.trim().eq_ignore_ascii_case("wait") {
+                continue;
+            }
+            let seconds: u64 = seconds.trim().trim_matches('"').parse().map_err(|_| {
+                Problem::invalid_at(Place::Header("Prefer".into()), "wait must be a number of whole seconds")
+            })?;
+            wait.get_or_insert(Duration::from_secs(seconds).min(longest));
+        }
+    }
+    Ok(wait)
+}

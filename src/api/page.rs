@@ -1,0 +1,83 @@
+//! Lists: `limit`, an opaque `cursor`, and the answer's `next_cursor`.
+
+use std::hash::{DefaultHasher, Hash, Hasher as _};
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::extract::Params;
+use super::problem::{Place, Problem};
+
+/// Longest page.
+const MOST: i64 = 200;
+
+/// A page of a list.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Page<T> {
+    /// The entries.
+    items: Vec<T>,
+    /// What to give as `cursor` for the entries after these; null at the end of the list.
+    next_cursor: Option<String>,
+}
+
+/// Which page is asked for. A cursor holds where the page before ended and a mark of the list it belongs to: one that is
+/// used with other filters would skip entries in silence.
+pub(super) struct Wanted<P> {
+    limit: i64,
+    mark: u64,
+    /// Where the page before ended.
+    pub(super) after: Option<P>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Cursor<P>(u64, P);
+
+impl<P: Serialize + DeserializeOwned> Wanted<P> {
+    /// Takes `limit` and `cursor`. `list` is what the list is, with its filters.
+    pub(super) fn take(params: &mut Params, list: &impl Hash) -> Result<Self, Problem> {
+        let limit = params.one("limit")?.unwrap_or(50);
+        if !(1..=MOST).contains(&limit) {
+            return Err(Problem::invalid_at(Place::Parameter("limit".into()), format!("must be 1 to {MOST}")));
+        }
+        let mut hasher = DefaultHasher::new();
+        list.hash(&mut hasher);
+        let mark = hasher.finish();
+        let after = match params.one::<String>("cursor")? {
+            None => None,
+            Some(text) => {
+                let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Problem::invalid_cursor())?;
+                let Cursor(marked, after) = serde_json::from_slice(&bytes).map_err(|_| Problem::invalid_cursor())?;
+                if marked != mark {
+                    return Err(Problem::invalid_cursor());
+                }
+                Some(after)
+            }
+        };
+        Ok(Self { limit, mark, after })
+    }
+
+    /// How many rows to read: one more than the page holds tells whether there is another page.
+    pub(super) fn rows(&self) -> i64 {
+        self.limit + 1
+    }
+
+    /// The page of the rows that were read. `place` is where an entry stands in the list.
+    pub(super) fn page<T>(&self, mut rows: Vec<T>, place: impl Fn(&T) -> P) -> Page<T> {
+        let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
+        let more = rows.len() > limit;
+        rows.truncate(limit);
+        let next_cursor = rows.last().filter(|_| more).map(|last| {
+            URL_SAFE_NO_PAD.encode(serde_json::to_vec(&Cursor(self.mark, place(last))).unwrap_or_default())
+        });
+        Page { items: rows, next_cursor }
+    }
+}
+
+impl<T> Page<T> {
+    /// The same page of other entries.
+    pub(super) fn map<U>(self, entry: impl Fn(T) -> U) -> Page<U> {
+        Page { items: self.items.into_iter().map(entry).collect(), next_cursor: self.next_cursor }
+    }
+}

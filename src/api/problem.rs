@@ -1,0 +1,284 @@
+//! Errors as `application/problem+json` (RFC 9457): a stable `type` per cause.
+
+use std::any::Any;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
+use axum::response::IntoResponse;
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::domain::Holder;
+use crate::store;
+
+/// What `type` begins with; the cause follows.
+const TYPE: &str = "urn:singletrack:problem:";
+
+/// An answer that says what went wrong, for programs and for people.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(example = json!({
+    "type": "urn:singletrack:problem:slot-taken",
+    "title": "Another run of this workflow is in progress",
+    "status": 409,
+    "run_id": "0198c5a0-5a1e-7c5e-9d3c-3f6d2a1b4c5d",
+    "holder": {"status": "running", "reason": null, "created_at": "2026-11-22T10:00:00Z",
+               "started_at": "2026-11-22T10:00:01Z", "heartbeat_age_seconds": 3.2, "requested_by": "ci"}
+}))]
+pub(super) struct Problem {
+    /// `urn:singletrack:problem:` and the cause: `slot-taken`, `not-found`, `invalid-request`, ...
+    #[serde(rename = "type")]
+    kind: String,
+    /// The cause in words; always the same for one `type`.
+    title: &'static str,
+    /// The HTTP status.
+    #[serde(serialize_with = "as_number")]
+    #[schema(value_type = u16)]
+    status: StatusCode,
+    /// What it is about this time, and what to do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+    /// What is wrong with which part of the request.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    errors: Vec<Mistake>,
+    /// With `slot-taken`: the run that holds the slot. With `workflow-in-use`: a run that is not over. With
+    /// `database-unavailable`: the run that may have been enqueued all the same; ask for it, or repeat the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    run_id: Option<Uuid>,
+    /// With `slot-taken`: what the run that holds the slot is doing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    holder: Option<Holder>,
+    #[serde(skip)]
+    retry_after: Option<Duration>,
+    /// What the log says and the client is not told.
+    #[serde(skip)]
+    cause: Option<String>,
+}
+
+/// One wrong part of a request.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Mistake {
+    /// Where it is in the body, as a JSON pointer; or the name of a parameter or header.
+    #[serde(flatten)]
+    pub(super) place: Place,
+    /// What is wrong with it, and what would be right.
+    pub(super) detail: String,
+}
+
+/// Where a mistake is.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Place {
+    /// In the body.
+    Pointer(String),
+    /// In the path or the query.
+    Parameter(String),
+    /// In the headers.
+    Header(String),
+}
+
+fn as_number<S: serde::Serializer>(status: &StatusCode, out: S) -> Result<S::Ok, S::Error> {
+    out.serialize_u16(status.as_u16())
+}
+
+impl Problem {
+    fn new(status: StatusCode, cause: &str, title: &'static str) -> Self {
+        Self {
+            kind: format!("{TYPE}{cause}"),
+            title,
+            status,
+            detail: None,
+            errors: Vec::new(),
+            run_id: None,
+            holder: None,
+            retry_after: None,
+            cause: None,
+        }
+    }
+
+    fn with_detail(self, detail: impl Into<String>) -> Self {
+        Self { detail: Some(detail.into()), ..self }
+    }
+
+    pub(super) fn slot_taken(holder: Holder) -> Self {
+        Self {
+            run_id: Some(holder.run_id),
+            holder: Some(holder),
+            retry_after: Some(Duration::from_secs(5)),
+            ..Self::new(StatusCode::CONFLICT, "slot-taken", "Another run of this workflow is in progress")
+        }
+    }
+
+    pub(super) fn contended() -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(1)),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "contended", "The slot changed hands too fast to be looked at")
+                .with_detail("Nothing was enqueued. Repeat the request.")
+        }
+    }
+
+    pub(super) fn workflow_in_use(run_id: Uuid) -> Self {
+        Self {
+            run_id: Some(run_id),
+            ..Self::new(StatusCode::CONFLICT, "workflow-in-use", "A run of this workflow is not over")
+                .with_detail("Let it end, or cancel it, and delete the workflow then.")
+        }
+    }
+
+    pub(super) fn not_found(what: &str) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not-found", "There is no such thing").with_detail(what)
+    }
+
+    pub(super) fn invalid(errors: Vec<Mistake>) -> Self {
+        let detail = errors.iter().map(|mistake| format!("{}: {}", mistake.place.name(), mistake.detail));
+        let detail = detail.collect::<Vec<_>>().join("; ");
+        Self {
+            errors,
+            ..Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid-request",
+                "The request can't be carried out as it is",
+            )
+            .with_detail(detail)
+        }
+    }
+
+    pub(super) fn invalid_at(place: Place, detail: impl Into<String>) -> Self {
+        Self::invalid(vec![Mistake { place, detail: detail.into() }])
+    }
+
+    pub(super) fn invalid_cursor() -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid-cursor", "The cursor is not one of this list")
+            .with_detail("Use next_cursor of an answer to the same filters, or leave it out to begin anew.")
+    }
+
+    pub(super) fn malformed(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "malformed-request", "The request can't be read").with_detail(detail)
+    }
+
+    pub(super) fn not_json() -> Self {
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "The body must be JSON")
+            .with_detail("Send the header Content-Type: application/json.")
+    }
+
+    pub(super) fn too_large() -> Self {
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The body is too large").with_detail(format!(
+            "At most {} bytes. Store large input elsewhere and hand over where it is.",
+            super::BODY_LIMIT
+        ))
+    }
+
+    pub(super) fn refused_host(host: &str) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "host-not-allowed", "This service does not go by that name").with_detail(
+            format!("Host `{}` is neither loopback nor that of SINGLETRACK_PUBLIC_URL.", host.escape_debug()),
+        )
+    }
+
+    pub(super) fn refused_origin(origin: &str) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "origin-not-allowed", "Web pages of other origins may not use this service")
+            .with_detail(format!("Origin `{}` is not this service's own.", origin.escape_debug()))
+    }
+
+    pub(super) fn internal(cause: impl Into<String>) -> Self {
+        Self {
+            cause: Some(cause.into()),
+            ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "The service failed")
+                .with_detail("Its log has the cause, under the id in the header X-Request-Id.")
+        }
+    }
+
+    /// The answer to an enqueue whose outcome stayed unknown.
+    pub(super) fn outcome_unknown(error: &store::Error, run_id: Uuid) -> Self {
+        Self {
+            run_id: Some(run_id),
+            detail: Some(
+                "The run may have been enqueued all the same: ask for it by run_id, or repeat the request.".into(),
+            ),
+            ..Self::unavailable(error)
+        }
+    }
+
+    fn unavailable(error: &store::Error) -> Self {
+        Self {
+            retry_after: Some(Duration::from_secs(2)),
+            cause: Some(error.to_string()),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "database-unavailable", "The database can't be used right now")
+                .with_detail("Repeat the request after the time in Retry-After.")
+        }
+    }
+
+    /// The status it is answered with.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// The run it is about.
+    pub(super) fn run_id(&self) -> Option<Uuid> {
+        self.run_id
+    }
+
+    /// Logs what the client is not told. Once, at the edge: the layers below hand errors up and log nothing.
+    pub(super) fn log(&self) {
+        if let Some(cause) = &self.cause {
+            tracing::error!(http.status = self.status.as_u16(), problem = self.kind, cause, "request failed");
+        }
+    }
+
+    /// What it is about, in a line.
+    pub(super) fn line(&self) -> String {
+        self.detail.clone().unwrap_or_else(|| self.title.to_owned())
+    }
+}
+
+impl Place {
+    fn name(&self) -> &str {
+        match self {
+            Self::Pointer(name) if name.is_empty() => "the body",
+            Self::Pointer(name) | Self::Parameter(name) | Self::Header(name) => name,
+        }
+    }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Self {
+        if error.is_passing() { Self::unavailable(&error) } else { Self::internal(error.to_string()) }
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> axum::response::Response {
+        self.log();
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let mut response = Response::new(Body::from(body));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if let Some(after) = self.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs()));
+        }
+        if let (Some(run_id), Some(_)) = (self.run_id, &self.holder)
+            && let Ok(location) = HeaderValue::try_from(super::runs::path(run_id))
+        {
+            headers.insert(header::LOCATION, location);
+        }
+        response
+    }
+}
+
+/// Answers what no route matches.
+pub(super) async fn no_such_route(uri: Uri) -> Problem {
+    Problem::not_found(&format!("No route is at {}. /openapi.json lists them.", uri.path().escape_debug()))
+}
+
+/// Answers a method that a route does not have.
+pub(super) async fn no_such_method(method: Method, uri: Uri) -> Problem {
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "The route does not have this method")
+        .with_detail(format!("{method} {}: the header Allow names the methods it has.", uri.path().escape_debug()))
+}
+
+/// Answers a request whose handler panicked.
+pub(super) fn of_panic(panic: Box<dyn Any + Send + 'static>) -> axum::response::Response {
+    let text =
+        panic.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
+    Problem::internal(format!("panic: {}", text.unwrap_or_default())).into_response()
+}

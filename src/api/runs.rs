@@ -1,0 +1,338 @@
+//! Enqueueing and reading runs.
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use super::extract::{Actor, Id, Json, Params, preferred_wait, refuse_headers};
+use super::page::{Page, Wanted};
+use super::problem::{Mistake, Place, Problem};
+use super::{Api, to_its_end, workflows};
+use crate::domain::workflow::{check_labels, check_priority};
+use crate::domain::{Run, Status, WorkflowId};
+use crate::store::enqueue::{Enqueued, Request, enqueue as enqueue_all};
+use crate::store::logs::{self, LogEntry};
+use crate::store::runs::{self, Attempt, Filter, RunEvent};
+use crate::store::{self, Db};
+
+const TAG: &str = "runs";
+/// Longest time a request waits for a run's end.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+/// How often an enqueue whose outcome is unknown is repeated.
+const REPEATS: usize = 3;
+
+/// Where a run is read.
+pub(super) fn path(run_id: Uuid) -> String {
+    format!("/api/v1/runs/{run_id}")
+}
+
+/// What an enqueue may say.
+#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NewRun {
+    /// Handed to the run: any JSON.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    input: Option<serde_json::Value>,
+    /// Its priority, where it is not the workflow's: -100 to 100, higher first.
+    #[serde(default)]
+    #[schema(minimum = -100, maximum = 100)]
+    priority: Option<i16>,
+    /// Labels on top of the workflow's.
+    #[serde(default)]
+    labels: BTreeMap<String, String>,
+}
+
+impl NewRun {
+    fn check(&self) -> Result<(), Problem> {
+        let checks =
+            [("/priority", self.priority.map_or(Ok(()), check_priority)), ("/labels", check_labels(&self.labels))];
+        let errors: Vec<Mistake> = checks
+            .into_iter()
+            .filter_map(|(pointer, check)| {
+                Some(Mistake { place: Place::Pointer(pointer.into()), detail: check.err()? })
+            })
+            .collect();
+        if errors.is_empty() { Ok(()) } else { Err(Problem::invalid(errors)) }
+    }
+}
+
+/// Enqueue a run
+///
+/// Takes the workflow's slot and answers 202 with the run, or 409 with the id of the run that has it. 202 is given after
+/// the commit. After 503 with a `run_id` the run may be there all the same.
+#[utoipa::path(
+    post, path = "/api/v1/workflows/{id}/runs", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
+    request_body = NewRun,
+    responses((status = 202, body = Run, headers(("Location" = String, description = "Where the run is read"))),
+              (status = 400, body = Problem), (status = 404, body = Problem),
+              (status = 409, body = Problem, description = "`slot-taken`, with `run_id` and `holder`",
+               headers(("Location" = String, description = "Where the holder is read"),
+                       ("Retry-After" = u64, description = "Seconds"))),
+              (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+pub(super) async fn enqueue(
+    State(api): State<Api>,
+    Id(workflow_id): Id<WorkflowId>,
+    Actor(requested_by): Actor,
+    headers: HeaderMap,
+    Json(new): Json<NewRun>,
+) -> Result<Response, Problem> {
+    refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
+    new.check()?;
+    let NewRun { input, priority, labels } = new;
+    let request = Request { id: Uuid::now_v7(), workflow_id, input, priority, labels, requested_by };
+    let run = start(&api, request).await?;
+    let location = [(header::LOCATION, path(run.id))];
+    Ok((StatusCode::ACCEPTED, location, axum::Json(run)).into_response())
+}
+
+/// Enqueues one run: the run that took the slot, or the problem to answer with.
+pub(super) async fn start(api: &Api, request: Request) -> Result<Run, Problem> {
+    let (db, id, workflow_id) = (api.db.clone(), request.id, request.workflow_id.clone());
+    let enqueued = to_its_end(async move { enqueue_surely(&db, request).await }).await?;
+    match enqueued {
+        Ok(Enqueued::Accepted(run)) => {
+            api.wake.notify_one();
+            tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, "enqueued");
+            Ok(run)
+        }
+        Ok(Enqueued::SlotTaken(holder)) => Err(Problem::slot_taken(holder)),
+        Ok(Enqueued::UnknownWorkflow) => Err(workflows::unknown(&workflow_id)),
+        Ok(Enqueued::Contended) => Err(Problem::contended()),
+        Err(error) if error.outcome_unknown() => Err(Problem::outcome_unknown(&error, id)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// When a statement's outcome is unknown, the same insert is repeated on another connection: it finds the run under its
+/// id, or waits on the primary key for the lost statement, or takes the slot. Looking for the id alone would prove
+/// nothing, for the lost statement may still commit.
+async fn enqueue_surely(db: &Db, request: Request) -> Result<Enqueued, store::Error> {
+    let requests = [request];
+    let mut answer = db.with(async |connection| enqueue_all(connection, &requests, false).await).await;
+    for _ in 0..REPEATS {
+        match answer {
+            // Nothing changes what is unknown already, so a failure to connect leaves it unknown.
+            Err(lost) if lost.outcome_unknown() => {
+                sleep(Duration::from_millis(200)).await;
+                answer = match db.with(async |connection| enqueue_all(connection, &requests, true).await).await {
+                    Err(error) if error.is_passing() => Err(lost),
+                    repeated => repeated,
+                };
+            }
+            _ => break,
+        }
+    }
+    answer.map(|answers| answers.into_iter().next().unwrap_or(Enqueued::Contended))
+}
+
+/// A label as `name=value`.
+struct Label(String, String);
+
+impl FromStr for Label {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (name, value) = text.split_once('=').ok_or("must be name=value")?;
+        Ok(Self(name.to_owned(), value.to_owned()))
+    }
+}
+
+const FILTERS: [&str; 7] = ["workflow_id", "definition", "status", "queue", "label", "since", "until"];
+
+fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
+    let mut statuses = Vec::new();
+    for list in params.all::<String>("status")? {
+        for name in list.split(',') {
+            let wrong = |mistake| Problem::invalid_at(Place::Parameter("status".into()), mistake);
+            statuses.push(name.trim().parse::<Status>().map_err(wrong)?);
+        }
+    }
+    Ok(Filter {
+        workflow_id: params.one::<WorkflowId>("workflow_id")?.map(|id| id.to_string()),
+        definition: params.one::<WorkflowId>("definition")?.map(|id| id.to_string()),
+        statuses,
+        queue: params.one("queue")?,
+        labels: params.all::<Label>("label")?.into_iter().map(|Label(name, value)| (name, value)).collect(),
+        since: params.one("since")?,
+        until: params.one("until")?,
+    })
+}
+
+/// Runs
+///
+/// Newest first, by `created_at` and `id`.
+#[utoipa::path(
+    get, path = "/api/v1/runs", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
+           ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
+           ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
+           ("queue" = Option<String>, Query, description = "The queue"),
+           ("label" = Option<String>, Query, description = "`name=value`; repeated: all of them"),
+           ("since" = Option<DateTime<Utc>>, Query, description = "Enqueued at this time or later"),
+           ("until" = Option<DateTime<Utc>>, Query, description = "Enqueued before this time"),
+           ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before, with the same filters")),
+    responses((status = 200, body = Page<Run>), (status = 400, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Run>>, Problem> {
+    let filter = take_filter(&mut params)?;
+    let wanted = Wanted::<(DateTime<Utc>, Uuid)>::take(&mut params, &("runs", &filter))?;
+    params.finish(&[&FILTERS[..], &["limit", "cursor"]].concat())?;
+    let rows = db.with(async |connection| runs::list(connection, &filter, wanted.after, wanted.rows()).await).await?;
+    Ok(axum::Json(wanted.page(rows, |run| (run.created_at, run.id))))
+}
+
+/// Counts of runs
+///
+/// How many runs are in each status, under the filters of the list.
+#[utoipa::path(
+    get, path = "/api/v1/runs/counts", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
+           ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
+           ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
+           ("queue" = Option<String>, Query, description = "The queue"),
+           ("label" = Option<String>, Query, description = "`name=value`; repeated: all of them"),
+           ("since" = Option<DateTime<Utc>>, Query, description = "Enqueued at this time or later"),
+           ("until" = Option<DateTime<Utc>>, Query, description = "Enqueued before this time")),
+    responses((status = 200, body = BTreeMap<String, i64>, description = "Every status, with 0 where there is no run"),
+              (status = 400, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn counts(
+    State(db): State<Db>,
+    mut params: Params,
+) -> Result<axum::Json<BTreeMap<&'static str, i64>>, Problem> {
+    let filter = take_filter(&mut params)?;
+    params.finish(&FILTERS)?;
+    let counts = db.with(async |connection| runs::counts(connection, &filter).await).await?;
+    let mut answer: BTreeMap<_, _> = Status::ALL.into_iter().map(|status| (status.as_str(), 0)).collect();
+    answer.extend(counts.into_iter().map(|(status, count)| (status.as_str(), count)));
+    Ok(axum::Json(answer))
+}
+
+/// One run
+///
+/// With `Prefer: wait=N` the answer is held until the run is final or N seconds (at most 60) are over.
+#[utoipa::path(
+    get, path = "/api/v1/runs/{id}", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = Uuid, Path, description = "Run id"),
+           ("Prefer" = Option<String>, Header, description = "`wait=30`: hold the answer until the run is final",
+            example = "wait=30")),
+    responses((status = 200, body = Run,
+               headers(("Preference-Applied" = String, description = "`wait=N`, when the answer may have been held"))),
+              (status = 404, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn get(State(api): State<Api>, Id(id): Id<Uuid>, headers: HeaderMap) -> Result<Response, Problem> {
+    let wait = preferred_wait(&headers, LONGEST_WAIT)?;
+    // Without a place to wait the answer is given at once, and says so by not applying the preference.
+    let place = wait.and_then(|_| api.facts.waiters.try_acquire().ok());
+    let Some(wait) = wait.filter(|_| place.is_some()) else {
+        return Ok(axum::Json(read(&api.db, id).await?).into_response());
+    };
+    let run = follow(&api, id, wait).await?;
+    let mut response = axum::Json(run).into_response();
+    if let Ok(applied) = HeaderValue::try_from(format!("wait={}", wait.as_secs())) {
+        response.headers_mut().insert("preference-applied", applied);
+    }
+    Ok(response)
+}
+
+/// The run, as soon as it is final, or the time is over, or the replica stops.
+async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, Problem> {
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let run = read(&api.db, id).await?;
+        let left = wait.saturating_sub(since.elapsed());
+        if run.status.is_final() || left.is_zero() || api.draining.is_cancelled() {
+            return Ok(run);
+        }
+        tokio::select! {
+            () = sleep(pause.min(left)) => pause = (pause * 2).min(Duration::from_millis(500)),
+            () = api.draining.cancelled() => {}
+        }
+    }
+}
+
+async fn read(db: &Db, id: Uuid) -> Result<Run, Problem> {
+    let run = db.with(async |connection| runs::get(connection, id).await).await?;
+    run.ok_or_else(|| Problem::not_found(&format!("No run has the id {id}.")))
+}
+
+/// A list that is given whole.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+pub(super) struct Whole<T> {
+    /// The entries.
+    items: Vec<T>,
+}
+
+/// Attempts of a run
+///
+/// Oldest first; the open one last.
+#[utoipa::path(
+    get, path = "/api/v1/runs/{id}/attempts", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = Uuid, Path, description = "Run id")),
+    responses((status = 200, body = Whole<Attempt>), (status = 404, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn attempts(State(db): State<Db>, Id(id): Id<Uuid>) -> Result<axum::Json<Whole<Attempt>>, Problem> {
+    read(&db, id).await?;
+    let items = db.with(async |connection| runs::attempts(connection, id).await).await?;
+    Ok(axum::Json(Whole { items }))
+}
+
+/// Events of a run
+///
+/// Every change of its status, oldest first.
+#[utoipa::path(
+    get, path = "/api/v1/runs/{id}/events", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = Uuid, Path, description = "Run id"),
+           ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<RunEvent>), (status = 400, body = Problem), (status = 404, body = Problem),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn events(
+    State(db): State<Db>,
+    Id(id): Id<Uuid>,
+    mut params: Params,
+) -> Result<axum::Json<Page<RunEvent>>, Problem> {
+    let wanted = Wanted::<i64>::take(&mut params, &("events", id))?;
+    params.finish(&["limit", "cursor"])?;
+    read(&db, id).await?;
+    let after = wanted.after.unwrap_or(0);
+    let rows = db.with(async |connection| runs::events(connection, id, after, wanted.rows()).await).await?;
+    Ok(axum::Json(wanted.page(rows, |event| event.seq)))
+}
+
+/// Log of a run
+///
+/// What its attempts printed, in the order in which it came.
+#[utoipa::path(
+    get, path = "/api/v1/runs/{id}/logs", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = Uuid, Path, description = "Run id"),
+           ("attempt" = Option<i32>, Query, description = "Only this attempt"),
+           ("limit" = Option<i64>, Query, description = "Pieces of text: 1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<LogEntry>), (status = 400, body = Problem), (status = 404, body = Problem),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn logs(
+    State(db): State<Db>,
+    Id(id): Id<Uuid>,
+    mut params: Params,
+) -> Result<axum::Json<Page<LogEntry>>, Problem> {
+    let attempt: Option<i32> = params.one("attempt")?;
+    let wanted = Wanted::<(i64, i64)>::take(&mut params, &("logs", id, attempt))?;
+    params.finish(&["attempt", "limit", "cursor"])?;
+    read(&db, id).await?;
+    let after = wanted.after.unwrap_or((0, 0));
+    let rows = db.with(async |connection| logs::read(connection, id, attempt, after, wanted.rows()).await).await?;
+    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq))))
+}

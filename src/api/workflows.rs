@@ -1,0 +1,145 @@
+//! Workflow definitions.
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use chrono::{DateTime, Utc};
+
+use super::extract::{Actor, Id, Json, Params, refuse_headers};
+use super::page::{Page, Wanted};
+use super::problem::{Mistake, Place, Problem};
+use super::{Api, to_its_end};
+use crate::domain::{Definition, WorkflowId};
+use crate::store::Db;
+use crate::store::workflows::{self, Deleted, Revision};
+
+const TAG: &str = "workflows";
+
+/// Workflows
+///
+/// The current revisions, newest workflow first.
+#[utoipa::path(
+    get, path = "/api/v1/workflows", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<Revision>), (status = 400, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Revision>>, Problem> {
+    let wanted = Wanted::<(DateTime<Utc>, String)>::take(&mut params, &"workflows")?;
+    params.finish(&["limit", "cursor"])?;
+    let rows =
+        db.with(async |connection| workflows::list(connection, wanted.after.clone(), wanted.rows()).await).await?;
+    let page = wanted.page(rows, |(defined, revision)| (*defined, revision.id.clone()));
+    Ok(axum::Json(page.map(|(_, revision)| revision)))
+}
+
+/// One workflow
+///
+/// The current revision of exactly this id.
+#[utoipa::path(
+    get, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = String, Path, description = "Workflow id", example = "deploy")),
+    responses((status = 200, body = Revision), (status = 404, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<axum::Json<Revision>, Problem> {
+    let found = db.with(async |connection| workflows::get(connection, &id).await).await?;
+    found.map(axum::Json).ok_or_else(|| unknown(&id))
+}
+
+/// Define a workflow
+///
+/// Makes the body its current revision. What says the same as the current one makes no new revision. Runs keep the
+/// revision they were enqueued with. Once defined, `{id}@name` can be run too: an instance with a slot of its own.
+#[utoipa::path(
+    put, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["admin"])),
+    params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
+    request_body = Definition,
+    responses((status = 200, body = Revision, description = "Changed, or the same as before"),
+              (status = 201, body = Revision, description = "Not in use before"),
+              (status = 400, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn put(
+    State(api): State<Api>,
+    Id(id): Id<WorkflowId>,
+    Actor(actor): Actor,
+    headers: HeaderMap,
+    Json(definition): Json<Definition>,
+) -> Result<(StatusCode, axum::Json<Revision>), Problem> {
+    refuse_headers(&headers, &["if-match", "if-none-match"])?;
+    let mut mistakes = definition.mistakes();
+    let shortest = api.facts.shortest_heartbeat_timeout;
+    if definition.heartbeat_timeout_seconds.is_some_and(|seconds| i64::from(seconds) < shortest.as_secs().cast_signed())
+    {
+        let detail = format!("must be at least {} s, for the kill grace and a margin", shortest.as_secs());
+        mistakes.push(("/heartbeat_timeout_seconds".into(), detail));
+    }
+    if !mistakes.is_empty() {
+        let errors = mistakes.into_iter().map(|(pointer, detail)| Mistake { place: Place::Pointer(pointer), detail });
+        return Err(Problem::invalid(errors.collect()));
+    }
+    let put = to_its_end(async move {
+        api.db.with(async |connection| workflows::put(connection, &id, &definition, &actor).await).await
+    })
+    .await??;
+    tracing::info!(workflow.id = put.revision.id, workflow.revision = put.revision.revision, "workflow defined");
+    Ok((if put.created { StatusCode::CREATED } else { StatusCode::OK }, axum::Json(put.revision)))
+}
+
+/// Delete a workflow
+///
+/// Hides it; its history stays, and the id may come back as a next revision. Refused while a run of it, or of an instance
+/// that uses its definition, is not over.
+#[utoipa::path(
+    delete, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["admin"])),
+    params(("id" = String, Path, description = "Workflow id", example = "deploy")),
+    responses((status = 204), (status = 404, body = Problem),
+              (status = 409, body = Problem, description = "`workflow-in-use`, with `run_id`"),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn delete(
+    State(db): State<Db>,
+    Id(id): Id<WorkflowId>,
+    headers: HeaderMap,
+) -> Result<StatusCode, Problem> {
+    refuse_headers(&headers, &["if-match"])?;
+    let name = id.clone();
+    let deleted =
+        to_its_end(async move { db.with(async |connection| workflows::delete(connection, &id).await).await }).await??;
+    match deleted {
+        Deleted::Gone => {
+            tracing::info!(workflow.id = %name, "workflow deleted");
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Deleted::InUse(run_id) => Err(Problem::workflow_in_use(run_id)),
+        Deleted::Unknown => Err(unknown(&name)),
+    }
+}
+
+/// Revisions of a workflow
+///
+/// Newest first; those of a deleted workflow too.
+#[utoipa::path(
+    get, path = "/api/v1/workflows/{id}/revisions", tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<Revision>), (status = 400, body = Problem), (status = 404, body = Problem),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn revisions(
+    State(db): State<Db>,
+    Id(id): Id<WorkflowId>,
+    mut params: Params,
+) -> Result<axum::Json<Page<Revision>>, Problem> {
+    let wanted = Wanted::<i32>::take(&mut params, &("revisions", id.as_str()))?;
+    params.finish(&["limit", "cursor"])?;
+    let rows =
+        db.with(async |connection| workflows::revisions(connection, &id, wanted.after, wanted.rows()).await).await?;
+    if rows.is_empty() && wanted.after.is_none() {
+        return Err(unknown(&id));
+    }
+    Ok(axum::Json(wanted.page(rows, |revision| revision.revision)))
+}
+
+/// What is said of a workflow that is not there.
+pub(super) fn unknown(id: &WorkflowId) -> Problem {
+    Problem::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."))
+}

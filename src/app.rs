@@ -1,0 +1,240 @@
+//! Composition root: from a [`Config`] to a running replica, and back down in order.
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Router;
+use rand::random;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::api::{self, Api, Facts};
+use crate::config::{Config, MARGIN, Migrate};
+use crate::domain::StopCause;
+use crate::engine::heartbeat::Held;
+use crate::engine::{self, reaper::Reaper};
+use crate::store::{self, Db, migrate};
+
+/// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time open requests have to end when everything else has.
+const LAST_REQUESTS: Duration = Duration::from_secs(2);
+/// Time an outcome has to be recorded after its command was killed, when the replica must leave.
+const LAST_RECORDS: Duration = Duration::from_secs(10);
+
+/// What a replica does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// API, workers and reaper.
+    Serve,
+    /// Workers, reaper and probes.
+    Worker,
+}
+
+/// Asks a replica to stop: once to let its runs finish, twice to stop them.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    draining: CancellationToken,
+    hurry: CancellationToken,
+}
+
+impl Stop {
+    /// The first call begins to drain; the second ends the drain at once.
+    pub fn ask(&self) {
+        if self.draining.is_cancelled() {
+            self.hurry.cancel();
+        }
+        self.draining.cancel();
+    }
+
+    /// Whether it was asked.
+    pub fn is_asked(&self) -> bool {
+        self.draining.is_cancelled()
+    }
+}
+
+/// Binds the address of the API: first of all, because a second replica on it is a mistake to be told of at once.
+pub fn bind(config: &Config) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(config.listen).with_context(|| {
+        format!("can't listen on {}: if it is in use, name another by SINGLETRACK_LISTEN or --listen", config.listen)
+    })?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Brings the schema up to date, or makes sure that it is.
+pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow::Result<()> {
+    if when == Migrate::Auto {
+        return match migrate::migrate(options).await {
+            Ok(0) => Ok(()),
+            Ok(count) => {
+                tracing::info!(migrations = count, "brought the schema up to date");
+                Ok(())
+            }
+            Err(error) => Err(anyhow::Error::from(error).context(
+                "can't bring the schema up to date; somebody allowed to can run `singletrack migrate`, and this replica \
+                 start with SINGLETRACK_MIGRATE=off",
+            )),
+        };
+    }
+    let db = Db::new(options.clone(), 1, store::LIMIT);
+    let applied = db
+        .with(async |connection| migrate::applied(connection).await)
+        .await
+        .context("can't read the schema's version")?;
+    db.close().await;
+    if applied.unwrap_or_default() < migrate::newest() {
+        anyhow::bail!("the schema is not up to date and SINGLETRACK_MIGRATE is off: run `singletrack migrate`");
+    }
+    Ok(())
+}
+
+/// Runs a replica until `stop` is asked and everything it holds is settled or given back.
+pub async fn run(
+    config: Config,
+    options: PgConnectOptions,
+    listener: TcpListener,
+    role: Role,
+    stop: Stop,
+) -> anyhow::Result<()> {
+    let listen = listener.local_addr()?;
+    let ctx = context(&config, &options, &stop);
+    let api = Api {
+        db: ctx.db.clone(),
+        wake: ctx.wake.clone(),
+        draining: stop.draining.clone(),
+        facts: Arc::new(Facts::new(
+            listen,
+            config.public_url.clone(),
+            config.worker.kill_grace + MARGIN + Duration::from_secs(1),
+        )),
+    };
+    let router = match role {
+        Role::Serve => api::router(api),
+        Role::Worker => api::probes_router(api),
+    };
+    let server = axum_server::Handle::new();
+    let done = CancellationToken::new();
+    let mut parts = Parts::default();
+    parts.spawn("api", serve(listener, router, server.clone()));
+    parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
+    let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
+    parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
+    if config.worker.capacity > 0 {
+        parts.spawn("dispatcher", engine::dispatch(ctx.clone()));
+    }
+    tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
+
+    let failed = tokio::select! {
+        () = stop.draining.cancelled() => None,
+        name = parts.unexpected_end() => Some(name),
+    };
+    if let Some(name) = failed {
+        tracing::error!(part = name, "a part ended unexpectedly; stopping");
+        stop.draining.cancel();
+    }
+    drain(&ctx, config.worker.drain_timeout, config.worker.kill_grace).await;
+    done.cancel();
+    server.graceful_shutdown(Some(LAST_REQUESTS));
+    parts.all_ended(LAST_REQUESTS + Duration::from_secs(1)).await;
+    ctx.db.close().await;
+    ctx.lease_db.close().await;
+    match failed {
+        Some(name) => anyhow::bail!("the {name} ended unexpectedly"),
+        None => Ok(()),
+    }
+}
+
+fn context(config: &Config, options: &PgConnectOptions, stop: &Stop) -> engine::Ctx {
+    let worker = config.worker.clone();
+    // A renewal that hangs must fail while there is time for another one.
+    let renewal_limit = worker.heartbeat_interval.clamp(Duration::from_millis(500), store::LIMIT);
+    engine::Ctx {
+        db: Db::new(options.clone(), config.pool_size, store::LIMIT),
+        lease_db: Db::new(options.clone(), 1, renewal_limit),
+        name: worker_name().into(),
+        wake: Arc::new(Notify::new()),
+        held: Arc::new(Held::default()),
+        capacity: Arc::new(Semaphore::new(worker.capacity)),
+        attempts: TaskTracker::new(),
+        draining: stop.draining.clone(),
+        hurry: stop.hurry.clone(),
+        worker: Arc::new(worker),
+    }
+}
+
+/// Host and process for people, and something random: a process id comes back, and containers share host names.
+fn worker_name() -> String {
+    let host = rustix::system::uname();
+    format!("{}:{}:{:04x}", host.nodename().to_string_lossy(), std::process::id(), random::<u16>())
+}
+
+async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handle<SocketAddr>) {
+    let mut server = match axum_server::from_tcp(listener) {
+        Ok(server) => server.handle(handle),
+        Err(error) => return tracing::error!(%error, "can't serve"),
+    };
+    server.http_builder().http1().header_read_timeout(HEAD_TIMEOUT).timer(hyper_util::rt::TokioTimer::new());
+    if let Err(error) = server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await {
+        tracing::error!(%error, "the API ended");
+    }
+}
+
+/// Lets attempts finish, then stops what still runs. Heartbeats go on all the while.
+async fn drain(ctx: &engine::Ctx, drain_timeout: Duration, kill_grace: Duration) {
+    ctx.attempts.close();
+    let running = ctx.attempts.len();
+    if running > 0 {
+        tracing::info!(running, "stopping: waiting for runs to finish");
+    }
+    tokio::select! {
+        () = ctx.attempts.wait() => return,
+        () = sleep(drain_timeout) => {}
+        () = ctx.hurry.cancelled() => {}
+    }
+    ctx.hurry.cancel();
+    ctx.held.stop_all(StopCause::Shutdown);
+    if timeout(kill_grace + LAST_RECORDS, ctx.attempts.wait()).await.is_err() {
+        tracing::error!(
+            running = ctx.attempts.len(),
+            "leaving runs behind; the reaper of another replica will end them"
+        );
+    }
+}
+
+/// The tasks a replica consists of, by name.
+#[derive(Default)]
+struct Parts {
+    tasks: JoinSet<()>,
+    names: std::collections::HashMap<tokio::task::Id, &'static str>,
+}
+
+impl Parts {
+    fn spawn(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
+        let id = self.tasks.spawn(part).id();
+        self.names.insert(id, name);
+    }
+
+    /// The name of the next part that ends, by itself or by a panic. None should.
+    async fn unexpected_end(&mut self) -> &'static str {
+        let id = match self.tasks.join_next_with_id().await {
+            Some(Ok((id, ()))) => id,
+            Some(Err(error)) => error.id(),
+            None => return "service",
+        };
+        self.names.get(&id).copied().unwrap_or("service")
+    }
+
+    async fn all_ended(&mut self, limit: Duration) {
+        let ended = timeout(limit, async { while self.tasks.join_next().await.is_some() {} }).await;
+        if ended.is_err() {
+            tracing::warn!("some parts did not end in time");
+        }
+    }
+}

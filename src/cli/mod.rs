@@ -1,0 +1,181 @@
+//! The command line of the service: one command per process, its result an exit code.
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use sqlx::postgres::PgConnectOptions;
+
+use crate::app::{self, Role, Stop};
+use crate::config::{Config, Settings};
+use crate::dev::{self, Postgres};
+use crate::telemetry;
+
+/// Exit code for wrong settings, as in sysexits.h.
+const USAGE: u8 = 64;
+
+/// Runs each workflow at most once at a time.
+#[derive(Debug, Parser)]
+#[command(name = "singletrack", version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Try it here: API and worker on a private Postgres, which is kept between starts.
+    Dev(Settings),
+    /// A replica: API and worker on the Postgres that DATABASE_URL names.
+    Serve(Settings),
+    /// A replica without the API: worker and probes.
+    Worker(Settings),
+    /// Bring the schema of the database up to date.
+    Migrate(Settings),
+}
+
+/// Runs one command.
+pub fn run(cli: Cli) -> ExitCode {
+    let (settings, from_environment) = match &cli.command {
+        Command::Dev(settings) => (settings, None),
+        Command::Serve(settings) | Command::Worker(settings) | Command::Migrate(settings) => {
+            (settings, std::env::var("DATABASE_URL").ok())
+        }
+    };
+    let config = match settings.resolve(from_environment) {
+        Ok(config) => config,
+        Err(mistakes) => {
+            eprintln!("{mistakes}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    if settings.print_config {
+        println!("{config}");
+        return ExitCode::SUCCESS;
+    }
+    if config.database_url.is_none() && !matches!(cli.command, Command::Dev(_)) {
+        eprintln!("DATABASE_URL is not set: name the Postgres to use, such as postgres://user:password@host/database");
+        return ExitCode::from(USAGE);
+    }
+    match execute(&cli.command, config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("singletrack: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn execute(command: &Command, config: Config) -> anyhow::Result<()> {
+    telemetry::install(&config).context("can't set up the log")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let done = runtime.block_on(async {
+        match command {
+            Command::Dev(_) => develop(config).await,
+            Command::Serve(_) => replica(config, Role::Serve).await,
+            Command::Worker(_) => replica(config, Role::Worker).await,
+            Command::Migrate(_) => migrate(&options(&config)?).await,
+        }
+    });
+    // Whatever still blocks a thread must not keep the process.
+    runtime.shutdown_background();
+    done
+}
+
+fn options(config: &Config) -> anyhow::Result<PgConnectOptions> {
+    Ok(config.database_url.as_ref().context("DATABASE_URL is not set")?.options())
+}
+
+async fn migrate(options: &PgConnectOptions) -> anyhow::Result<()> {
+    let count = crate::store::migrate::migrate(options).await.context("can't bring the schema up to date")?;
+    println!("{}", if count == 0 { "up to date already".into() } else { format!("applied {count} migrations") });
+    Ok(())
+}
+
+async fn replica(config: Config, role: Role) -> anyhow::Result<()> {
+    let stop = stop_on_signals()?;
+    let options = options(&config)?;
+    let listener = app::bind(&config)?;
+    app::prepare_schema(&options, config.migrate).await?;
+    app::run(config, options, listener, role, stop).await
+}
+
+async fn develop(config: Config) -> anyhow::Result<()> {
+    // From the first moment on: Ctrl-C while Postgres starts must not leave it behind.
+    let stop = stop_on_signals()?;
+    if std::env::var_os("DATABASE_URL").is_some() {
+        println!("DATABASE_URL is ignored here: it may be another project's. --database-url names one.");
+    }
+    let listener = app::bind(&config)?;
+    let (options, postgres) = match &config.database_url {
+        Some(url) => (url.options(), None),
+        None => {
+            let postgres = start_postgres(&config).await?;
+            (postgres.url("postgres").parse::<PgConnectOptions>()?.application_name("singletrack"), Some(postgres))
+        }
+    };
+    let result = async {
+        if stop.is_asked() {
+            return Ok(());
+        }
+        app::prepare_schema(&options, config.migrate).await?;
+        greet(&config, &listener, postgres.as_ref())?;
+        app::run(config, options, listener, Role::Serve, stop).await
+    }
+    .await;
+    // Stopping waits for the server's checkpoint.
+    tokio::task::spawn_blocking(move || drop(postgres)).await?;
+    result
+}
+
+async fn start_postgres(config: &Config) -> anyhow::Result<Postgres> {
+    let options =
+        dev::Options { data_dir: config.data_dir.clone(), bin_dir: config.pg_bin.clone(), settings: Vec::new() };
+    let postgres = tokio::task::spawn_blocking(move || Postgres::start(options)).await??;
+    for note in postgres.notes() {
+        println!("{note}");
+    }
+    Ok(postgres)
+}
+
+/// What a person who just started it needs to know.
+fn greet(config: &Config, listener: &std::net::TcpListener, postgres: Option<&Postgres>) -> anyhow::Result<()> {
+    let url = config.public_url.clone().unwrap_or(format!("http://{}", listener.local_addr()?));
+    println!("API       {url}/api/v1   (described in {url}/openapi.json)");
+    match postgres {
+        Some(postgres) => {
+            println!("Database  {}", postgres.psql("postgres"));
+            println!("Data      {}", postgres.data_dir().display());
+        }
+        None => println!("Database  the one --database-url names"),
+    }
+    println!("Try it    curl -X PUT {url}/api/v1/workflows/hello -H 'Content-Type: application/json' \\");
+    println!(
+        "            -d '{{\"executor\": {{\"type\": \"command\", \"argv\": [\"sh\", \"-c\", \"echo hello; sleep 10\"]}}}}'"
+    );
+    println!(
+        "          curl -i -X POST {url}/api/v1/workflows/hello/runs -H 'Content-Type: application/json' -d '{{}}'"
+    );
+    println!("          and the last line again within ten seconds: 409, with the id of the run in progress.");
+    println!("For trying and developing, not for production. Ctrl-C stops all of it; the data stays.");
+    Ok(())
+}
+
+/// SIGTERM and Ctrl-C ask for the stop; a second one hurries.
+fn stop_on_signals() -> anyhow::Result<Stop> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let stop = Stop::default();
+    let (mut term, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let asked = stop.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("asked to stop");
+            asked.ask();
+        }
+    });
+    Ok(stop)
+}

@@ -1,0 +1,410 @@
+//! The settings, from the environment and from flags, which win; all wrong ones are reported at once.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args;
+use sqlx::postgres::PgConnectOptions;
+
+use crate::domain::workflow::check_queue;
+
+/// Time a worker that is about to lose its lease leaves for a pause of its machine, on top of the kill grace.
+pub const MARGIN: Duration = Duration::from_secs(2);
+
+/// The settings as they were given. Each flag mirrors the variable named with it.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Settings {
+    /// Where the runs live, as a postgres:// URL of one host. Without the flag `serve`, `worker` and `migrate` read the
+    /// variable DATABASE_URL; `dev` ignores that one and has a Postgres of its own.
+    #[arg(long, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// Whether to bring the schema up to date at start: auto or off. [default: auto]
+    #[arg(long, env = "SINGLETRACK_MIGRATE", value_name = "WHEN")]
+    pub migrate: Option<String>,
+    /// Address the API listens on; loopback only. [default: 127.0.0.1:7410]
+    #[arg(long, env = "SINGLETRACK_LISTEN", value_name = "ADDRESS:PORT")]
+    pub listen: Option<String>,
+    /// How others reach it, for links. [default: http:// and the address listened on]
+    #[arg(long, env = "SINGLETRACK_PUBLIC_URL", value_name = "URL")]
+    pub public_url: Option<String>,
+    /// Where `dev` keeps its private Postgres. [default: .singletrack]
+    #[arg(long, env = "SINGLETRACK_DATA_DIR", value_name = "FOLDER")]
+    pub data_dir: Option<String>,
+    /// Folder of the programs `initdb` and `postgres` for `dev`. [default: looked for]
+    #[arg(long, env = "SINGLETRACK_PG_BIN", value_name = "FOLDER")]
+    pub pg_bin: Option<String>,
+    /// Connections to the database, besides one for heartbeats. [default: 10]
+    #[arg(long, env = "SINGLETRACK_POOL_SIZE", value_name = "NUMBER")]
+    pub pool_size: Option<String>,
+    /// Runs executed at once by this replica; 0: API only. [default: number of CPUs]
+    #[arg(long, env = "SINGLETRACK_WORKERS", value_name = "NUMBER")]
+    pub workers: Option<String>,
+    /// Queues this replica's workers serve, separated by commas. [default: all]
+    #[arg(long, env = "SINGLETRACK_QUEUES", value_name = "NAMES")]
+    pub queues: Option<String>,
+    /// How often a worker renews what it holds. [default: 10s]
+    #[arg(long, env = "SINGLETRACK_HEARTBEAT_INTERVAL", value_name = "DURATION")]
+    pub heartbeat_interval: Option<String>,
+    /// Silence after which a run is stale, in whole seconds; at least 4 intervals, the kill grace and 2s. [default: 60s]
+    #[arg(long, env = "SINGLETRACK_HEARTBEAT_TIMEOUT", value_name = "DURATION")]
+    pub heartbeat_timeout: Option<String>,
+    /// Time between TERM and KILL when a command is stopped. [default: 3s]
+    #[arg(long, env = "SINGLETRACK_KILL_GRACE", value_name = "DURATION")]
+    pub kill_grace: Option<String>,
+    /// Longest an attempt may take, unless its workflow says otherwise, in whole seconds. [default: 10m]
+    #[arg(long, env = "SINGLETRACK_RUN_TIMEOUT", value_name = "DURATION")]
+    pub run_timeout: Option<String>,
+    /// Longest a queued run may stay unstarted, unless its workflow says otherwise, in whole seconds. [default: 1h]
+    #[arg(long, env = "SINGLETRACK_START_WITHIN", value_name = "DURATION")]
+    pub start_within: Option<String>,
+    /// How often the reaper looks for stale and expired runs. [default: 2s]
+    #[arg(long, env = "SINGLETRACK_REAP_INTERVAL", value_name = "DURATION")]
+    pub reap_interval: Option<String>,
+    /// How long a stopping replica lets its runs finish. [default: 30s]
+    #[arg(long, env = "SINGLETRACK_DRAIN_TIMEOUT", value_name = "DURATION")]
+    pub drain_timeout: Option<String>,
+    /// Bytes of log kept per attempt; then a remark that it was cut, and the command goes on. [default: 10485760]
+    #[arg(long, env = "SINGLETRACK_LOG_BYTES", value_name = "BYTES")]
+    pub log_bytes: Option<String>,
+    /// Longest last line of standard output that is taken as a run's output, in bytes. [default: 262144]
+    #[arg(long, env = "SINGLETRACK_OUTPUT_BYTES", value_name = "BYTES")]
+    pub output_bytes: Option<String>,
+    /// What the service's own log looks like: text or json. [default: text]
+    #[arg(long, env = "SINGLETRACK_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<String>,
+    /// Which of the service's own log lines to show, as directives of tracing-subscriber's EnvFilter. [default: info]
+    #[arg(long, env = "RUST_LOG", value_name = "DIRECTIVES")]
+    pub log: Option<String>,
+    /// Print the settings in force, secrets hidden, and exit.
+    #[arg(long)]
+    pub print_config: bool,
+}
+
+/// The settings in force.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the runs live; `None` where none was named.
+    pub database_url: Option<DatabaseUrl>,
+    /// Whether to migrate at start.
+    pub migrate: Migrate,
+    /// Address of the API.
+    pub listen: SocketAddr,
+    /// How others reach it; `None`: the address listened on.
+    pub public_url: Option<String>,
+    /// Where `dev` keeps its data.
+    pub data_dir: PathBuf,
+    /// Where `dev` finds Postgres; `None`: it looks for it.
+    pub pg_bin: Option<PathBuf>,
+    /// Connections in the pool.
+    pub pool_size: u32,
+    /// What the worker needs.
+    pub worker: Worker,
+    /// What the reaper needs.
+    pub reaper: Reaper,
+    /// Text or JSON.
+    pub log_format: LogFormat,
+    /// Directives of the log filter.
+    pub log: String,
+}
+
+/// Settings of the worker.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Runs executed at once; 0 for none.
+    pub capacity: usize,
+    /// The queues it serves; `None` for all.
+    pub queues: Option<Vec<String>>,
+    /// How often it renews a lease, at most.
+    pub heartbeat_interval: Duration,
+    /// Heartbeat timeout of runs whose workflow names none.
+    pub heartbeat_timeout: Duration,
+    /// Between TERM and KILL.
+    pub kill_grace: Duration,
+    /// Time limit of attempts whose workflow names none.
+    pub run_timeout: Duration,
+    /// How long a stopping replica lets its runs finish.
+    pub drain_timeout: Duration,
+    /// Bytes of log kept per attempt.
+    pub log_bytes: u64,
+    /// Bytes of the last line that may become the output.
+    pub output_bytes: usize,
+}
+
+/// Settings of the reaper.
+#[derive(Clone, Debug)]
+pub struct Reaper {
+    /// How often it looks.
+    pub interval: Duration,
+    /// How long a run may stay queued, where its workflow does not say.
+    pub start_within: Duration,
+    /// After no good look for this long it starts counting silence anew.
+    pub blind_after: Duration,
+}
+
+/// Whether to migrate at start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Migrate {
+    /// Bring the schema up to date.
+    Auto,
+    /// Leave it to `singletrack migrate`.
+    Off,
+}
+
+/// What the service's own log looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object per line.
+    Json,
+}
+
+/// A database URL that was understood. Its password is shown by nothing.
+#[derive(Clone)]
+pub struct DatabaseUrl {
+    options: PgConnectOptions,
+    shown: String,
+}
+
+impl DatabaseUrl {
+    /// How to connect.
+    pub fn options(&self) -> PgConnectOptions {
+        self.options.clone()
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = String;
+
+    fn from_str(url: &str) -> Result<Self, String> {
+        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+            return Err("is not a postgres:// URL".into());
+        }
+        // The parser's own message may quote the URL, and with it the password.
+        let options = PgConnectOptions::from_str(url).map_err(|_| {
+            "is not a postgres:// URL that can be understood; special characters in a password must be %-encoded"
+                .to_owned()
+        })?;
+        let (scheme, rest) = url.split_once("://").unwrap_or(("postgres", url));
+        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let shown = match authority.rsplit_once('@') {
+            Some((user, host)) => {
+                let name = user.split(':').next().unwrap_or_default();
+                let hidden = if user.contains(':') { ":***" } else { "" };
+                format!("{scheme}://{name}{hidden}@{host}{}", without_password(path))
+            }
+            None => format!("{scheme}://{authority}{}", without_password(path)),
+        };
+        Ok(Self { options: options.application_name("singletrack"), shown })
+    }
+}
+
+/// The path and parameters of a URL, without a `password` among them.
+fn without_password(path: &str) -> String {
+    let Some((path, parameters)) = path.split_once('?') else { return path.to_owned() };
+    let shown: Vec<_> = parameters
+        .split('&')
+        .map(|parameter| if parameter.starts_with("password=") { "password=***" } else { parameter })
+        .collect();
+    format!("{path}?{}", shown.join("&"))
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.shown)
+    }
+}
+
+/// Every wrong setting, a line each.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct Mistakes(Vec<String>);
+
+/// Takes settings one by one and keeps what is wrong with them.
+struct Reader {
+    mistakes: Vec<String>,
+}
+
+impl Reader {
+    /// The value of `given`, or of `default` where it is absent or empty.
+    fn take<T>(
+        &mut self,
+        name: &str,
+        given: &Option<String>,
+        default: T,
+        parse: impl Fn(&str) -> Result<T, String>,
+    ) -> T {
+        match given.as_deref().map(str::trim) {
+            None | Some("") => default,
+            Some(text) => parse(text).unwrap_or_else(|mistake| {
+                self.mistakes.push(format!("{name}: {mistake}"));
+                default
+            }),
+        }
+    }
+
+    fn duration(&mut self, name: &str, given: &Option<String>, default: &'static str) -> Duration {
+        let default = humantime::parse_duration(default).unwrap_or_default();
+        self.take(name, given, default, |text| match humantime::parse_duration(text) {
+            Ok(duration) if duration.is_zero() => Err("must be longer than 0s".into()),
+            Ok(duration) if duration > Duration::from_secs(365 * 24 * 3600) => Err("must be at most a year".into()),
+            Ok(duration) => Ok(duration),
+            Err(_) => Err(format!("`{text}` is not a duration; write for example 500ms, 10s, 2m or 1h 30m")),
+        })
+    }
+
+    fn whole_seconds(&mut self, name: &str, given: &Option<String>, default: &'static str) -> Duration {
+        let duration = self.duration(name, given, default);
+        if duration.subsec_nanos() != 0 {
+            self.mistakes.push(format!("{name}: must be whole seconds"));
+        }
+        duration
+    }
+}
+
+/// A number within bounds.
+fn number<T: FromStr + PartialOrd + fmt::Display>(low: T, high: T) -> impl Fn(&str) -> Result<T, String> {
+    move |text| match text.parse::<T>() {
+        Ok(number) if number >= low && number <= high => Ok(number),
+        _ => Err(format!("`{text}` is not a number from {low} to {high}")),
+    }
+}
+
+impl Settings {
+    /// Checks every setting. `database_url` is the variable DATABASE_URL where the command reads it; the flag wins.
+    pub fn resolve(&self, database_url: Option<String>) -> Result<Config, Mistakes> {
+        let mut read = Reader { mistakes: Vec::new() };
+        let database_url = self.database_url.clone().or(database_url);
+        let config = Config {
+            database_url: read.take("DATABASE_URL", &database_url, None, |text| text.parse().map(Some)),
+            migrate: read.take("SINGLETRACK_MIGRATE", &self.migrate, Migrate::Auto, |text| match text {
+                "auto" => Ok(Migrate::Auto),
+                "off" => Ok(Migrate::Off),
+                _ => Err(format!("`{text}` is neither auto nor off")),
+            }),
+            listen: read.take("SINGLETRACK_LISTEN", &self.listen, SocketAddr::from(([127, 0, 0, 1], 7410)), listen),
+            public_url: read.take("SINGLETRACK_PUBLIC_URL", &self.public_url, None, |text| public_url(text).map(Some)),
+            data_dir: read.take("SINGLETRACK_DATA_DIR", &self.data_dir, ".singletrack".into(), |text| Ok(text.into())),
+            pg_bin: read.take("SINGLETRACK_PG_BIN", &self.pg_bin, None, |text| Ok(Some(text.into()))),
+            pool_size: read.take("SINGLETRACK_POOL_SIZE", &self.pool_size, 10, number(1, 1000)),
+            worker: self.worker(&mut read),
+            reaper: Reaper {
+                interval: read.duration("SINGLETRACK_REAP_INTERVAL", &self.reap_interval, "2s"),
+                start_within: read.whole_seconds("SINGLETRACK_START_WITHIN", &self.start_within, "1h"),
+                blind_after: Duration::ZERO,
+            },
+            log_format: read.take("SINGLETRACK_LOG_FORMAT", &self.log_format, LogFormat::Text, |text| match text {
+                "text" => Ok(LogFormat::Text),
+                "json" => Ok(LogFormat::Json),
+                _ => Err(format!("`{text}` is neither text nor json")),
+            }),
+            log: read.take(
+                "RUST_LOG",
+                &self.log,
+                "info".to_owned(),
+                |text| match tracing_subscriber::EnvFilter::try_new(text) {
+                    Ok(_) => Ok(text.to_owned()),
+                    Err(mistake) => Err(format!("`{text}`: {mistake}")),
+                },
+            ),
+        };
+        let config = Config {
+            reaper: Reaper {
+                blind_after: config.worker.heartbeat_interval.max(2 * config.reaper.interval),
+                ..config.reaper
+            },
+            ..config
+        };
+        if read.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(read.mistakes)) }
+    }
+
+    fn worker(&self, read: &mut Reader) -> Worker {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let worker = Worker {
+            capacity: read.take("SINGLETRACK_WORKERS", &self.workers, cpus, number(0, 10_000)),
+            queues: read.take("SINGLETRACK_QUEUES", &self.queues, None, |text| queues(text).map(Some)),
+            heartbeat_interval: read.duration("SINGLETRACK_HEARTBEAT_INTERVAL", &self.heartbeat_interval, "10s"),
+            heartbeat_timeout: read.whole_seconds("SINGLETRACK_HEARTBEAT_TIMEOUT", &self.heartbeat_timeout, "60s"),
+            kill_grace: read.duration("SINGLETRACK_KILL_GRACE", &self.kill_grace, "3s"),
+            run_timeout: read.whole_seconds("SINGLETRACK_RUN_TIMEOUT", &self.run_timeout, "10m"),
+            drain_timeout: read.duration("SINGLETRACK_DRAIN_TIMEOUT", &self.drain_timeout, "30s"),
+            log_bytes: read.take("SINGLETRACK_LOG_BYTES", &self.log_bytes, 10 << 20, number(0, 1 << 40)),
+            output_bytes: read.take("SINGLETRACK_OUTPUT_BYTES", &self.output_bytes, 256 << 10, number(0, 64 << 20)),
+        };
+        let needed = 4 * worker.heartbeat_interval + worker.kill_grace + MARGIN;
+        if read.mistakes.is_empty() && worker.heartbeat_timeout < needed {
+            read.mistakes.push(format!(
+                "SINGLETRACK_HEARTBEAT_TIMEOUT: {} is too short: at least 4 heartbeat intervals, the kill grace and {}, \
+                 which is {}",
+                humantime::format_duration(worker.heartbeat_timeout),
+                humantime::format_duration(MARGIN),
+                humantime::format_duration(needed),
+            ));
+        }
+        worker
+    }
+}
+
+fn listen(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text
+        .replace("localhost:", "127.0.0.1:")
+        .parse()
+        .map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:7410"))?;
+    if address.ip().is_loopback() {
+        return Ok(address);
+    }
+    Err(format!(
+        "{address} can be reached from other machines, and whoever reaches the API can start commands on this one: \
+         listen on 127.0.0.1 or [::1], and put a proxy that authenticates in front"
+    ))
+}
+
+fn public_url(text: &str) -> Result<String, String> {
+    let rest = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    match rest {
+        Some(host) if !host.trim_end_matches('/').is_empty() && !host.contains([' ', '?', '#', '@']) => {
+            Ok(text.trim_end_matches('/').to_owned())
+        }
+        _ => Err(format!("`{text}` is not a URL such as https://runs.example.com")),
+    }
+}
+
+fn queues(text: &str) -> Result<Vec<String>, String> {
+    let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
+    names.iter().try_for_each(|name| check_queue(name))?;
+    Ok(names)
+}
+
+/// The settings as `VARIABLE=value` lines, secrets hidden.
+impl fmt::Display for Config {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time = humantime::format_duration;
+        let path = |path: &Option<PathBuf>| path.as_ref().map_or(String::new(), |path| path.display().to_string());
+        let lower = |value: &dyn fmt::Debug| format!("{value:?}").to_lowercase();
+        let (worker, reaper) = (&self.worker, &self.reaper);
+        let url = self.database_url.as_ref().map_or(String::new(), |url| format!("{url:?}"));
+        writeln!(out, "DATABASE_URL={url}")?;
+        writeln!(out, "SINGLETRACK_MIGRATE={}", lower(&self.migrate))?;
+        writeln!(out, "SINGLETRACK_LISTEN={}", self.listen)?;
+        writeln!(out, "SINGLETRACK_PUBLIC_URL={}", self.public_url.as_deref().unwrap_or_default())?;
+        writeln!(out, "SINGLETRACK_DATA_DIR={}", self.data_dir.display())?;
+        writeln!(out, "SINGLETRACK_PG_BIN={}", path(&self.pg_bin))?;
+        writeln!(out, "SINGLETRACK_POOL_SIZE={}", self.pool_size)?;
+        writeln!(out, "SINGLETRACK_WORKERS={}", worker.capacity)?;
+        writeln!(out, "SINGLETRACK_QUEUES={}", worker.queues.as_deref().unwrap_or_default().join(","))?;
+        writeln!(out, "SINGLETRACK_HEARTBEAT_INTERVAL={}", time(worker.heartbeat_interval))?;
+        writeln!(out, "SINGLETRACK_HEARTBEAT_TIMEOUT={}", time(worker.heartbeat_timeout))?;
+        writeln!(out, "SINGLETRACK_KILL_GRACE={}", time(worker.kill_grace))?;
+        writeln!(out, "SINGLETRACK_RUN_TIMEOUT={}", time(worker.run_timeout))?;
+        writeln!(out, "SINGLETRACK_START_WITHIN={}", time(reaper.start_within))?;
+        writeln!(out, "SINGLETRACK_REAP_INTERVAL={}", time(reaper.interval))?;
+        writeln!(out, "SINGLETRACK_DRAIN_TIMEOUT={}", time(worker.drain_timeout))?;
+        writeln!(out, "SINGLETRACK_LOG_BYTES={}", worker.log_bytes)?;
+        writeln!(out, "SINGLETRACK_OUTPUT_BYTES={}", worker.output_bytes)?;
+        writeln!(out, "SINGLETRACK_LOG_FORMAT={}", lower(&self.log_format))?;
+        write!(out, "RUST_LOG={}", self.log)
+    }
+}

@@ -1,0 +1,159 @@
+//! A run, its lease, and what is said about the run that holds a slot.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::Status;
+
+/// One run of a workflow: the public columns of its row in `test_runs`, under the same names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Run {
+    /// UUIDv7 given at enqueue. Runs are ordered by `created_at`, then `id`.
+    pub id: Uuid,
+    /// The full workflow id, which has the slot: `deploy` or `deploy@prod`.
+    #[schema(example = "deploy@prod")]
+    pub workflow_id: String,
+    /// The workflow whose definition it uses.
+    #[schema(example = "deploy")]
+    pub definition: String,
+    /// The revision of that definition, kept for the run's whole life.
+    pub revision: i32,
+    /// Where the run is in its life.
+    pub status: Status,
+    /// Why, where the status alone does not say it: `expired`, `shutdown`, `timeout`, `unkillable`, `worker_lost`,
+    /// `requested`, `forced`, ...
+    pub reason: Option<String>,
+    /// What runs it.
+    #[schema(example = "command")]
+    pub executor_type: String,
+    /// The queue it is in.
+    #[schema(example = "default")]
+    pub queue: String,
+    /// -100 to 100, higher first.
+    pub priority: i16,
+    /// Free labels for filtering.
+    pub labels: BTreeMap<String, String>,
+    /// What the caller handed over.
+    #[schema(value_type = Option<Object>)]
+    pub input: Option<serde_json::Value>,
+    /// What its enqueue asked for when the slot is taken.
+    #[schema(example = "reject")]
+    pub on_conflict: String,
+    /// How many attempts have begun; 0 before the first.
+    pub attempt: i32,
+    /// How many attempts it may have.
+    pub max_attempts: i32,
+    /// Number of the last claim; grows with every claim. 0 before the first.
+    pub fence: i64,
+    /// Who runs it, or ran its last attempt.
+    pub worker: Option<String>,
+    /// When it was enqueued, by the database's clock.
+    pub created_at: DateTime<Utc>,
+    /// When a scheduled run becomes due.
+    pub run_at: Option<DateTime<Utc>>,
+    /// From when on a queued run may be claimed.
+    pub available_at: Option<DateTime<Utc>>,
+    /// Start of the current or last attempt.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it became final.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Longest one attempt may take. Filled at the first claim where the workflow says nothing.
+    pub timeout_seconds: Option<i32>,
+    /// Silence of the worker after which the run is stale. Filled at the first claim where the workflow says nothing.
+    pub heartbeat_timeout_seconds: Option<i32>,
+    /// When somebody asked for the end of this running run.
+    pub cancel_requested_at: Option<DateTime<Utc>>,
+    /// Exit code of the last attempt's command; null when a signal ended it or nothing was started.
+    pub exit_code: Option<i32>,
+    /// The JSON object that the command's standard output ended with.
+    #[schema(value_type = Option<Object>)]
+    pub output: Option<serde_json::Value>,
+    /// One line on why the last attempt did not succeed.
+    pub error: Option<String>,
+    /// The run this one repeats.
+    pub rerun_of: Option<Uuid>,
+    /// Who enqueued it.
+    pub requested_by: String,
+    /// W3C trace context of the enqueue.
+    pub traceparent: Option<String>,
+}
+
+/// The run a slot is taken by, as a refused caller needs to know it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Holder {
+    /// The run's id; the problem itself has it as `run_id`.
+    #[serde(skip_serializing)]
+    pub run_id: Uuid,
+    /// `queued` or `running`.
+    pub status: Status,
+    /// Why it is in that status, where that is not plain.
+    pub reason: Option<String>,
+    /// When it was enqueued.
+    pub created_at: DateTime<Utc>,
+    /// When its attempt started; null while it is queued.
+    pub started_at: Option<DateTime<Utc>>,
+    /// Seconds since its worker's last sign of life; null while it is queued.
+    pub heartbeat_age_seconds: Option<f64>,
+    /// Who enqueued it.
+    pub requested_by: String,
+}
+
+/// The right to act for a running run. Every write of a worker names it; once it is lost, no write takes effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The run.
+    pub run_id: Uuid,
+    /// The claim's number.
+    pub fence: i64,
+    /// The random part. `None` for the reaper, which acts by fence alone.
+    pub secret: Option<Uuid>,
+}
+
+/// Where a piece of log came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Stream {
+    /// The command's standard output.
+    Stdout,
+    /// The command's standard error.
+    Stderr,
+    /// A remark of the worker.
+    System,
+}
+
+impl Stream {
+    /// The name used in the API and in SQL.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::System => "system",
+        }
+    }
+}
+
+/// A piece of log on its way to the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogChunk {
+    /// Where it came from.
+    pub stream: Stream,
+    /// Valid UTF-8 without NUL.
+    pub text: String,
+}
+
+/// Why a worker ends an attempt before its command ended by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopCause {
+    /// The attempt reached its time limit.
+    Timeout,
+    /// Somebody asked for the run's end.
+    Cancel,
+    /// The worker itself is stopping.
+    Shutdown,
+    /// The lease is gone: somebody else may act for the run now.
+    LeaseLost,
+}

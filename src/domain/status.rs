@@ -1,0 +1,143 @@
+//! The statuses of a run, and the one table of how they change.
+//!
+//! ```text
+//!  scheduled ---+--> queued --claim--> running --settle--> succeeded | failed | timed_out | stale | cancelled
+//!  waiting -----+      |  ^               |
+//!                      |  +---release-----+
+//!                      +--expire--> skipped
+//! ```
+//!
+//! The SQL in `store/` has its own literal guards; [`transition`] says what they should come to, and a test plants a run
+//! in each status, fires each event at a real Postgres, and compares.
+
+use serde::{Deserialize, Serialize};
+
+use super::Verdict;
+
+/// Where a run is in its life. `queued` and `running` hold the slot of the workflow; nothing else does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+#[sqlx(type_name = "text", rename_all = "snake_case")]
+pub enum Status {
+    /// Meant for later; holds no slot. Its due time moves it on.
+    Scheduled,
+    /// Behind another run of its workflow. The freeing of the slot moves it on.
+    Waiting,
+    /// Holds the slot and is to be started. A worker's claim moves it on.
+    Queued,
+    /// A worker executes it under a lease. Its settling moves it on.
+    Running,
+    /// Final: it did what it should.
+    Succeeded,
+    /// Final: it ended by itself, but not well.
+    Failed,
+    /// Final: somebody asked for its end.
+    Cancelled,
+    /// Final: it ran longer than its time limit.
+    TimedOut,
+    /// Final: its worker was lost, or had to stop.
+    Stale,
+    /// Final: it was never started.
+    Skipped,
+}
+
+impl Status {
+    /// Every status, in the order of a run's life.
+    pub const ALL: [Self; 10] = [
+        Self::Scheduled,
+        Self::Waiting,
+        Self::Queued,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+        Self::TimedOut,
+        Self::Stale,
+        Self::Skipped,
+    ];
+
+    /// Whether nothing can change a run in this status any more.
+    pub fn is_final(self) -> bool {
+        !matches!(self, Self::Scheduled | Self::Waiting | Self::Queued | Self::Running)
+    }
+
+    /// Whether a run in this status is the one that its workflow's slot is taken by.
+    pub fn holds_slot(self) -> bool {
+        matches!(self, Self::Queued | Self::Running)
+    }
+
+    /// The name used in the API and in SQL.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Scheduled => "scheduled",
+            Self::Waiting => "waiting",
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::TimedOut => "timed_out",
+            Self::Stale => "stale",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+impl std::str::FromStr for Status {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|status| status.as_str() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Self::as_str).join(", ");
+            format!("`{name}` is not a status; the statuses are {names}")
+        })
+    }
+}
+
+/// What can happen to a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A worker takes it to execute it.
+    Claim,
+    /// The worker that claimed it gives it back unstarted.
+    Release,
+    /// The attempt under the current lease is over.
+    Settle(Verdict),
+    /// It stayed queued for longer than it may.
+    Expire,
+    /// Somebody asks for its end (`cancel_run`).
+    Cancel,
+    /// Somebody frees its slot whatever its process does (`force_release_run`).
+    ForceRelease,
+}
+
+/// What an [`Event`] comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transition {
+    /// The run moves to this status.
+    To(Status),
+    /// The status stays; the request is noted for whoever runs it.
+    Noted,
+    /// Nothing changes, and whoever fired the event is told so.
+    Refused,
+}
+
+/// The table of transitions. `cancel_requested` is whether somebody asked for the end of this running run before.
+pub fn transition(from: Status, cancel_requested: bool, event: Event) -> Transition {
+    use Event::*;
+    use Status::*;
+    use Transition::*;
+    match (from, event) {
+        (Queued, Claim) => To(Running),
+        (Running, Release) => To(Queued),
+        // A success that is committed first stands; any other end of a run that was to be cancelled is its cancellation.
+        (Running, Settle(Verdict::Succeeded)) => To(Succeeded),
+        (Running, Settle(_)) if cancel_requested => To(Cancelled),
+        (Running, Settle(verdict)) => To(verdict.status()),
+        (Queued, Expire) => To(Skipped),
+        (Scheduled | Waiting | Queued, Cancel) => To(Cancelled),
+        (Running, Cancel) => Noted,
+        (Queued | Running, ForceRelease) => To(Stale),
+        _ => Refused,
+    }
+}

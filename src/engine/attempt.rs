@@ -1,0 +1,148 @@
+//! One attempt, from the claim to the settled outcome.
+
+use std::time::{Duration, Instant};
+
+use rand::random_range;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::time::sleep;
+use tracing::Instrument as _;
+
+use super::Ctx;
+use super::boottime::Boottime;
+use super::heartbeat::Held;
+use crate::domain::{Executor, Lease, LogChunk, Outcome, StopCause, Verdict};
+use crate::executor::command::{self, Invocation, Limits};
+use crate::store;
+use crate::store::claim::Claimed;
+use crate::store::logs;
+use crate::store::settle::{Settled, settle};
+
+/// Pieces of log that may wait for the database; then the command waits in its write.
+const LOG_BACKLOG: usize = 64;
+
+/// Executes a claimed run and settles it. The lease is held until the outcome is recorded, or it is lost.
+pub(super) async fn run(ctx: Ctx, claimed: Claimed, sent: Boottime, permit: OwnedSemaphorePermit) {
+    let span = tracing::info_span!(
+        "attempt",
+        run.id = %claimed.run.id,
+        workflow.id = claimed.run.workflow_id,
+        run.attempt = claimed.run.attempt,
+        run.fence = claimed.run.fence,
+    );
+    execute_and_settle(&ctx, claimed, sent).instrument(span).await;
+    drop(permit);
+    ctx.wake.notify_one();
+}
+
+async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, sent: Boottime) {
+    let lease = claimed.lease;
+    let timeout = seconds(claimed.run.heartbeat_timeout_seconds, ctx.worker.heartbeat_timeout);
+    let (_holding, stop) = ctx.held.hold(lease, timeout, sent, &ctx.worker);
+    if ctx.hurry.is_cancelled() {
+        ctx.held.stop_all(StopCause::Shutdown);
+    }
+    let started = Instant::now();
+    tracing::info!("attempt started");
+    let (log, chunks) = mpsc::channel(LOG_BACKLOG);
+    let Executor::Command(command) = &claimed.executor;
+    let invocation = Invocation {
+        command,
+        run_id: claimed.run.id,
+        workflow_id: &claimed.run.workflow_id,
+        attempt: claimed.run.attempt,
+        fence: lease.fence,
+        input: claimed.run.input.as_ref(),
+        time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
+        kill_grace: ctx.worker.kill_grace,
+        limits: Limits { log_bytes: ctx.worker.log_bytes, output_bytes: ctx.worker.output_bytes },
+    };
+    let (outcome, ()) = tokio::join!(command::run(invocation, log, stop), keep_log(ctx, lease, chunks));
+    record(ctx, lease, outcome, started.elapsed()).await;
+}
+
+fn seconds(of_the_run: Option<i32>, of_the_worker: Duration) -> Duration {
+    of_the_run.and_then(|seconds| u64::try_from(seconds).ok()).map_or(of_the_worker, Duration::from_secs)
+}
+
+/// Stores the log as it comes, in the order in which it came.
+async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>) {
+    let mut seq = 1;
+    let mut batch = Vec::with_capacity(LOG_BACKLOG);
+    while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
+        let mut patience = Patience::new(ctx, lease);
+        while let Err(error) = ctx.db.with(async |connection| logs::append(connection, lease, seq, &batch).await).await
+        {
+            if !error.is_passing() {
+                tracing::error!(%error, "a piece of the log can't be stored");
+                break;
+            }
+            if !patience.lasts(&error).await {
+                break;
+            }
+        }
+        seq += i64::try_from(batch.len()).unwrap_or_default();
+        batch.clear();
+    }
+}
+
+/// Records the outcome. The record is repeated until the database takes it; the work never is.
+async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) {
+    let verdict = outcome.verdict;
+    let mut outcomes = [(lease, outcome)];
+    let mut patience = Patience::new(ctx, lease);
+    loop {
+        match ctx.db.with(async |connection| settle(connection, &outcomes, &ctx.name).await).await {
+            Ok(settled) => return report(&settled, verdict, took),
+            Err(error) if error.is_passing() => {
+                if !patience.lasts(&error).await {
+                    return tracing::warn!("the lease was lost before the outcome could be recorded");
+                }
+            }
+            // It would be refused for ever, and the slot with it: record that, without what the command handed back.
+            Err(error) if outcomes[0].1.reason.as_deref() != Some("unrecordable") => {
+                tracing::error!(%error, "the outcome was refused");
+                let text = format!("the outcome could not be recorded: {error}");
+                outcomes[0].1 = Outcome::because(Verdict::Failed, "unrecordable", text.replace('\0', "\u{fffd}"));
+            }
+            Err(error) => return tracing::error!(%error, "the outcome was refused; the reaper will end the run"),
+        }
+    }
+}
+
+fn report(settled: &[Settled], verdict: Verdict, took: Duration) {
+    let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    match settled.first() {
+        Some(Settled::Recorded(status) | Settled::Already(status)) => {
+            tracing::info!(status = status.as_str(), duration_ms, "attempt ended");
+        }
+        Some(Settled::Lost(current)) => {
+            let current = current.map(|status| status.as_str());
+            tracing::warn!(?verdict, current, duration_ms, "the lease was lost; the outcome counts for nothing");
+        }
+        None => tracing::error!("the settling statement gave no answer"),
+    }
+}
+
+/// Waiting for a database that is away, for as long as the lease is not known to be lost.
+struct Patience<'a> {
+    held: &'a Held,
+    lease: Lease,
+    pause: Duration,
+}
+
+impl<'a> Patience<'a> {
+    fn new(ctx: &'a Ctx, lease: Lease) -> Self {
+        Self { held: &ctx.held, lease, pause: Duration::from_millis(50) }
+    }
+
+    /// Waits a little, longer each time; false when there is nothing to wait for any more.
+    async fn lasts(&mut self, error: &store::Error) -> bool {
+        if self.held.is_lost(self.lease) {
+            return false;
+        }
+        tracing::debug!(%error, "trying again");
+        sleep(self.pause.mul_f64(random_range(0.5..=1.0))).await;
+        self.pause = (self.pause * 2).min(Duration::from_secs(1));
+        true
+    }
+}

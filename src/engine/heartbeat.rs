@@ -1,0 +1,163 @@
+//! The leases this process holds, and their renewal.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use super::Ctx;
+use super::boottime::Boottime;
+use crate::config::{MARGIN, Worker};
+use crate::domain::{Lease, StopCause};
+use crate::store::claim::{Renewal, renew};
+use crate::store::{self};
+
+/// The leases held, by run.
+#[derive(Default)]
+pub struct Held {
+    leases: Mutex<HashMap<Uuid, HeldLease>>,
+    changed: Notify,
+}
+
+struct HeldLease {
+    lease: Lease,
+    /// Renewed at this distance: the setting, or less where the lease itself is shorter.
+    interval: Duration,
+    /// When the last renewal that succeeded was sent, or the claim. From the sending, because the database counts from the
+    /// moment it took it, which is later.
+    good: Boottime,
+    /// When the last renewal was sent, good or not.
+    sent: Boottime,
+    /// Silence after which it must end itself, so that its process is dead before the reaper acts.
+    patience: Duration,
+    stop: watch::Sender<Option<StopCause>>,
+}
+
+/// A lease is held while this lives.
+pub(super) struct Holding<'a> {
+    held: &'a Held,
+    run_id: Uuid,
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        self.held.lock().remove(&self.run_id);
+    }
+}
+
+impl Held {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, HeldLease>> {
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many leases are held.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether none is held.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Holds a lease that was claimed by a statement sent at `sent`, until the answer is dropped. The receiver hears when
+    /// the attempt has to end, and why.
+    pub(super) fn hold(
+        &self,
+        lease: Lease,
+        timeout: Duration,
+        sent: Boottime,
+        worker: &Worker,
+    ) -> (Holding<'_>, watch::Receiver<Option<StopCause>>) {
+        let (stop, stopped) = watch::channel(None);
+        let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
+        let interval = worker.heartbeat_interval.min(patience / 4);
+        self.lock().insert(lease.run_id, HeldLease { lease, interval, good: sent, sent, patience, stop });
+        self.changed.notify_one();
+        (Holding { held: self, run_id: lease.run_id }, stopped)
+    }
+
+    /// Whether the lease is known to be lost.
+    pub(super) fn is_lost(&self, lease: Lease) -> bool {
+        self.lock().get(&lease.run_id).is_none_or(|held| *held.stop.borrow() == Some(StopCause::LeaseLost))
+    }
+
+    /// Tells every attempt to end.
+    pub fn stop_all(&self, cause: StopCause) {
+        for held in self.lock().values() {
+            stop(held, cause);
+        }
+    }
+
+    /// Waits until a lease is due, or a new one is held.
+    pub(super) async fn until_due(&self) {
+        let rest = {
+            let leases = self.lock();
+            leases.values().map(|held| held.interval.saturating_sub(held.sent.elapsed())).min()
+        };
+        tokio::select! {
+            () = self.changed.notified() => {}
+            // Looked at twice a second at least: a suspended machine does not advance the sleep, only the lease.
+            () = sleep(rest.unwrap_or(Duration::MAX).min(Duration::from_millis(500))), if rest.is_some() => {}
+        }
+    }
+
+    fn due(&self) -> Vec<Lease> {
+        self.lock().values().filter(|held| held.sent.elapsed() >= held.interval).map(|held| held.lease).collect()
+    }
+
+    /// Ends every attempt whose lease may be taken by the reaper before the process could be killed.
+    fn fence_off(&self) {
+        for held in self.lock().values().filter(|held| held.good.elapsed() > held.patience) {
+            stop(held, StopCause::LeaseLost);
+        }
+    }
+}
+
+/// The first cause stands, except that a lost lease outranks all others: it leaves no time for TERM.
+fn stop(held: &HeldLease, cause: StopCause) {
+    let told = held.stop.send_if_modified(|told| {
+        let news = told.is_none() || (cause == StopCause::LeaseLost && *told != Some(StopCause::LeaseLost));
+        if news {
+            *told = Some(cause);
+        }
+        news
+    });
+    if told {
+        tracing::warn!(run.id = %held.lease.run_id, run.fence = held.lease.fence, ?cause, "ending the attempt");
+    }
+}
+
+/// Renews what is due, in one statement; returns how many leases that were.
+pub async fn pass(ctx: &Ctx) -> Result<usize, store::Error> {
+    // Before anything else after each wake: the process may have slept through its lease.
+    ctx.held.fence_off();
+    let due = ctx.held.due();
+    if due.is_empty() {
+        return Ok(0);
+    }
+    let sent = Boottime::now();
+    for lease in &due {
+        if let Some(held) = ctx.held.lock().get_mut(&lease.run_id) {
+            held.sent = sent;
+        }
+    }
+    let renewals = ctx.lease_db.with(async |connection| renew(connection, &due).await).await?;
+    for (lease, renewal) in due.iter().zip(renewals) {
+        let mut leases = ctx.held.lock();
+        // The attempt may have settled meanwhile, and the run may even be held anew.
+        let Some(held) = leases.get_mut(&lease.run_id).filter(|held| held.lease == *lease) else { continue };
+        match renewal {
+            Renewal::Held => held.good = sent,
+            Renewal::CancelRequested => {
+                held.good = sent;
+                stop(held, StopCause::Cancel);
+            }
+            Renewal::Lost => stop(held, StopCause::LeaseLost),
+        }
+    }
+    Ok(due.len())
+}

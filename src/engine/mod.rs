@@ -1,0 +1,114 @@
+//! What happens unasked. Each periodic part is one pass with a typed report; only this file repeats it.
+//!
+//! A pass takes no hint of what changed: it reads the database and acts. A wake-up only makes it look sooner, so a lost one
+//! costs latency and nothing else.
+
+mod attempt;
+mod boottime;
+pub mod dispatcher;
+pub mod heartbeat;
+pub mod reaper;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config;
+use crate::store::Db;
+use heartbeat::Held;
+
+/// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
+const POLL: Duration = Duration::from_millis(500);
+
+/// What the parts of a worker share.
+#[derive(Clone)]
+pub struct Ctx {
+    /// The pool.
+    pub db: Db,
+    /// A connection of its own for renewals, which load on the pool can't starve.
+    pub lease_db: Db,
+    /// The worker's settings.
+    pub worker: Arc<config::Worker>,
+    /// The worker's name, unique per process.
+    pub name: Arc<str>,
+    /// Somebody enqueued, or capacity became free.
+    pub wake: Arc<Notify>,
+    /// The leases this process holds.
+    pub held: Arc<Held>,
+    /// Attempts that may still be started: a permit each.
+    pub capacity: Arc<Semaphore>,
+    /// The attempts under way.
+    pub attempts: TaskTracker,
+    /// No more claims: the replica is stopping.
+    pub draining: CancellationToken,
+    /// Stop what runs: the time to drain is over.
+    pub hurry: CancellationToken,
+}
+
+/// Whether there was more to do than one pass did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// A full batch: look again at once.
+    Again,
+    /// Done for this round.
+    Rest,
+}
+
+/// Claims and starts runs until draining.
+pub async fn dispatch(ctx: Ctx) {
+    loop {
+        let rest = match dispatcher::pass(&ctx).await {
+            Ok(report) if report.next == Next::Again => Duration::ZERO,
+            Ok(_) => jittered(POLL),
+            Err(error) => {
+                tracing::warn!(%error, "can't claim runs; trying again");
+                jittered(POLL)
+            }
+        };
+        tokio::select! {
+            () = ctx.draining.cancelled() => return,
+            () = ctx.wake.notified(), if !rest.is_zero() => {}
+            () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Renews leases until `stop`.
+pub async fn renew(ctx: Ctx, stop: CancellationToken) {
+    loop {
+        if let Err(error) = heartbeat::pass(&ctx).await {
+            tracing::warn!(%error, leases = ctx.held.len(), "can't renew leases; trying again");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = ctx.held.until_due() => {}
+        }
+    }
+}
+
+/// Looks for stale and expired runs until `stop`.
+pub async fn reap(mut reaper: reaper::Reaper, interval: Duration, stop: CancellationToken) {
+    loop {
+        let rest = match reaper.pass().await {
+            Ok(report) if report.next == Next::Again => Duration::ZERO,
+            Ok(_) => jittered(interval),
+            Err(error) => {
+                tracing::warn!(%error, "can't look for stale runs; trying again");
+                jittered(interval)
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Up to a tenth less, so that replicas that started together do not look together.
+fn jittered(interval: Duration) -> Duration {
+    interval.mul_f64(rand::random_range(0.9..=1.0))
+}

@@ -1,0 +1,140 @@
+//! Ends what nobody acts for any more. On every replica, without a leader.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+
+use super::Next;
+use super::boottime::Boottime;
+use crate::config;
+use crate::domain::{Lease, Outcome, Verdict};
+use crate::store::reap::{Sealed, Sight, expire, seal, sight, sweep_leases};
+use crate::store::settle::{Settled, settle};
+use crate::store::{self, Db};
+
+/// Rows per pass and kind.
+const BATCH: usize = 100;
+
+/// A reaper and what it has seen so far.
+pub struct Reaper {
+    db: Db,
+    start_within_seconds: i32,
+    blind_after: Duration,
+    view: Option<View>,
+}
+
+/// The stretch of time over which the database was seen at work.
+struct View {
+    /// Since when, by the database's clock. Silence before it proves nothing: nobody could be heard.
+    seen_since: DateTime<Utc>,
+    timeline: String,
+    last_good: Boottime,
+}
+
+/// What a pass did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Runs that were ended because their worker fell silent, or did not end them in time.
+    pub ended: Vec<uuid::Uuid>,
+    /// Runs that were skipped because nobody started them.
+    pub expired: Vec<uuid::Uuid>,
+    /// Whether to look again at once.
+    pub next: Next,
+}
+
+impl Reaper {
+    /// A reaper that has seen nothing yet.
+    pub fn new(db: Db, config: &config::Reaper) -> Self {
+        Self {
+            db,
+            start_within_seconds: i32::try_from(config.start_within.as_secs()).unwrap_or(i32::MAX),
+            blind_after: config.blind_after,
+            view: None,
+        }
+    }
+
+    /// Ends one batch of stale and one of expired runs.
+    pub async fn pass(&mut self) -> Result<Report, store::Error> {
+        let started = Boottime::now();
+        let seen = self.db.with(async |connection| sight(connection).await).await?;
+        let seen_since = self.look(seen, started);
+        let limit = i64::try_from(BATCH).unwrap_or(i64::MAX);
+        let sealed = self.db.with(async |connection| seal(connection, seen_since, limit).await).await?;
+        let ended = self.end(&sealed).await?;
+        let within = self.start_within_seconds;
+        let expired = self.db.with(async |connection| expire(connection, within, limit).await).await?;
+        for run in &expired {
+            tracing::warn!(run.id = %run, "no worker started it in time: skipped");
+        }
+        let swept = self.db.with(async |connection| sweep_leases(connection, limit).await).await?;
+        let full = [sealed.len(), expired.len(), usize::try_from(swept).unwrap_or(BATCH)].contains(&BATCH);
+        // Only a whole pass is a good one.
+        if let Some(view) = &mut self.view {
+            view.last_good = Boottime::now();
+        }
+        // A full batch of which nothing could be ended would be found again at once.
+        let next = if full && (!ended.is_empty() || sealed.is_empty()) { Next::Again } else { Next::Rest };
+        Ok(Report { ended, expired, next })
+    }
+
+    /// Since when the database has been seen without a gap. One failed statement is no gap; no good pass for as long as a
+    /// heartbeat may take is one, and so is a new timeline: there, other renewals may be missing.
+    fn look(&mut self, seen: Sight, at: Boottime) -> DateTime<Utc> {
+        if let Some(view) = &self.view
+            && view.timeline == seen.timeline
+            && view.last_good.elapsed() <= self.blind_after
+        {
+            return view.seen_since;
+        }
+        let seen_since = seen.now;
+        self.view = Some(View { seen_since, timeline: seen.timeline, last_good: at });
+        seen_since
+    }
+
+    /// Settles what was sealed, down the same path as a worker's own finish.
+    async fn end(&self, sealed: &[Sealed]) -> Result<Vec<uuid::Uuid>, store::Error> {
+        let outcomes: Vec<(Lease, Outcome)> = sealed.iter().map(|found| (found.lease, outcome(found))).collect();
+        let mut ended = match self.settle(&outcomes).await {
+            Ok(ended) => ended,
+            Err(error) => {
+                // One bad row must not keep the others.
+                tracing::warn!(%error, "a batch of stale runs was refused; taking them one by one");
+                let mut ended = Vec::new();
+                for one in outcomes.chunks(1) {
+                    match self.settle(one).await {
+                        Ok(id) => ended.extend(id),
+                        Err(error) => tracing::error!(%error, run.id = %one[0].0.run_id, "can't end this stale run"),
+                    }
+                }
+                ended
+            }
+        };
+        ended.sort();
+        Ok(ended)
+    }
+
+    async fn settle(&self, outcomes: &[(Lease, Outcome)]) -> Result<Vec<uuid::Uuid>, store::Error> {
+        if outcomes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let settled = self.db.with(async |connection| settle(connection, outcomes, "reaper").await).await?;
+        let mut ended = Vec::new();
+        for ((lease, outcome), settled) in outcomes.iter().zip(settled) {
+            // Else its worker settled it first, which is as good.
+            if let Settled::Recorded(status) = settled {
+                let reason = outcome.reason.as_deref();
+                tracing::warn!(run.id = %lease.run_id, run.fence = lease.fence, status = status.as_str(), reason, "ended");
+                ended.push(lease.run_id);
+            }
+        }
+        Ok(ended)
+    }
+}
+
+fn outcome(found: &Sealed) -> Outcome {
+    if found.silent {
+        Outcome::because(Verdict::Stale, "worker_lost", "its worker was not heard of for the heartbeat timeout")
+    } else {
+        Outcome::because(Verdict::TimedOut, "unkillable", "its worker did not end it at its time limit")
+    }
+}

@@ -1,0 +1,38 @@
+//! Bringing the schema up to this version.
+
+use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::{ConnectOptions as _, Connection as _};
+
+static MIGRATIONS: Migrator = Migrator {
+    // A newer version may have added migrations while this one still runs: that is the promise of forward-only ones.
+    ignore_missing: true,
+    ..sqlx::migrate!("./migrations")
+};
+
+/// The newest migration this version knows.
+pub fn newest() -> i64 {
+    MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default()
+}
+
+/// Applies what is missing; returns how many migrations that were. Replicas that start at once take turns.
+///
+/// On a connection of its own: sqlx holds a session lock while it migrates, and a cancelled migration would leave it held
+/// on a pooled connection.
+pub async fn migrate(options: &PgConnectOptions) -> Result<usize, MigrateError> {
+    let mut connection = options.connect().await?;
+    let before = applied(&mut connection).await?.unwrap_or_default();
+    MIGRATIONS.run(&mut connection).await?;
+    connection.close().await?;
+    Ok(MIGRATIONS.iter().filter(|migration| migration.version > before).count())
+}
+
+/// The newest migration the database has; `None` when it has none.
+pub async fn applied(connection: &mut PgConnection) -> sqlx::Result<Option<i64>> {
+    let there: bool =
+        sqlx::query_scalar("select to_regclass('_sqlx_migrations') is not null").fetch_one(&mut *connection).await?;
+    if !there {
+        return Ok(None);
+    }
+    sqlx::query_scalar("select max(version) from _sqlx_migrations where success").fetch_one(connection).await
+}

@@ -1,0 +1,164 @@
+//! All SQL and nothing else: free functions over a connection, one file per concern.
+//!
+//! Every write is a single autocommit statement that takes arrays. Connections come from [`Db::with`], which puts a limit
+//! on every statement: sqlx has no timeout of its own towards a server that vanished, and a connection that was given up
+//! in the middle of a statement must never be used again.
+
+pub mod claim;
+pub mod enqueue;
+pub mod logs;
+pub mod migrate;
+pub mod reap;
+pub mod runs;
+pub mod settle;
+pub mod workflows;
+
+use std::time::Duration;
+
+use sqlx::Postgres;
+use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use tokio::time::timeout;
+
+/// How long a caller waits for a free connection.
+const ACQUIRE: Duration = Duration::from_secs(3);
+/// The client's limit on the work of one `with`: a little over the server's own limit on a statement, so that the server's
+/// better message wins.
+pub const LIMIT: Duration = Duration::from_secs(7);
+
+/// Set after connecting and not as start-up options, which poolers refuse.
+const SESSION: &str = "
+    select set_config('statement_timeout', '5s', false),
+           set_config('lock_timeout', '2s', false),
+           set_config('idle_in_transaction_session_timeout', '10s', false),
+           set_config('default_transaction_isolation', 'read committed', false),
+           set_config('TimeZone', 'UTC', false),
+           -- an answer is given after the commit: it must survive a crash of the server
+           set_config('synchronous_commit',
+               case current_setting('synchronous_commit') when 'off' then 'on' else current_setting('synchronous_commit') end,
+               false)";
+
+/// Why the database did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There was no connection to be had: nothing was done.
+    #[error("no connection to the database: {0}")]
+    Unreachable(#[source] sqlx::Error),
+    /// Somebody else holds a lock for too long, or the server has no room: nothing was done.
+    #[error("the database is busy: {0}")]
+    Busy(#[source] sqlx::Error),
+    /// The connection broke: whether the statement was carried out is not known.
+    #[error("the connection to the database broke: {0}")]
+    Broken(#[source] sqlx::Error),
+    /// It gave no answer in time: whether the statement was carried out is not known.
+    #[error("the database gave no answer in time")]
+    TimedOut,
+    /// It refused the statement.
+    #[error(transparent)]
+    Refused(sqlx::Error),
+}
+
+impl Error {
+    /// Whether asking again later can help.
+    pub fn is_passing(&self) -> bool {
+        !matches!(self, Self::Refused(_))
+    }
+
+    /// Whether the statement may have been carried out although it failed.
+    pub fn outcome_unknown(&self) -> bool {
+        matches!(self, Self::Broken(_) | Self::TimedOut)
+    }
+
+    /// What an error of a statement means. The codes are those of appendix A of the PostgreSQL manual.
+    fn of_statement(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
+                Self::Broken(error)
+            }
+            sqlx::Error::Database(database) => match database.code().as_deref() {
+                // lock_not_available, deadlock_detected, query_canceled (statement_timeout), serialization_failure,
+                // out_of_memory, disk_full, read_only_sql_transaction (a standby)
+                Some("55P03" | "40P01" | "57014" | "40001" | "53200" | "53100" | "25006") => Self::Busy(error),
+                // connection_exception, and the shutdowns of 57P0x, which can cut off a commit
+                Some(code) if code.starts_with("08") || code.starts_with("57P") => Self::Broken(error),
+                _ => Self::Refused(error),
+            },
+            _ => Self::Refused(error),
+        }
+    }
+}
+
+/// The way to the database.
+#[derive(Clone, Debug)]
+pub struct Db {
+    pool: PgPool,
+    limit: Duration,
+}
+
+impl Db {
+    /// A pool of at most `connections`; none is opened before it is needed. `limit` is for the work of one [`Db::with`].
+    pub fn new(options: PgConnectOptions, connections: u32, limit: Duration) -> Self {
+        let pool = PgPoolOptions::new()
+            .max_connections(connections)
+            .acquire_timeout(ACQUIRE)
+            .idle_timeout(Duration::from_secs(600))
+            .max_lifetime(Duration::from_secs(1800))
+            .after_connect(|connection, _| {
+                Box::pin(async move {
+                    sqlx::query(SESSION).execute(connection).await?;
+                    Ok(())
+                })
+            })
+            .connect_lazy_with(options);
+        Self { pool, limit }
+    }
+
+    /// Runs `work` on a connection of the pool, within the limit for statements.
+    ///
+    /// When the limit is over, or the caller's future is dropped half way, the connection is closed and not given back:
+    /// nobody may meet an answer, or a transaction, that somebody else left on it.
+    pub async fn with<T>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>) -> Result<T, Error> {
+        // Acquired first and by itself: only then is it known that nothing was sent.
+        let mut connection = Guarded(Some(self.pool.acquire().await.map_err(Error::Unreachable)?));
+        match timeout(self.limit, work(connection.inner())).await {
+            Ok(Ok(value)) => {
+                connection.give_back();
+                Ok(value)
+            }
+            Ok(Err(error)) => {
+                if matches!(error, sqlx::Error::Database(_)) {
+                    connection.give_back();
+                }
+                Err(Error::of_statement(error))
+            }
+            Err(_) => Err(Error::TimedOut),
+        }
+    }
+
+    /// Closes the pool, waiting at most a moment for connections in use.
+    pub async fn close(&self) {
+        // A black-holed connection would keep `close` waiting for ever.
+        let _ = timeout(Duration::from_secs(2), self.pool.close()).await;
+    }
+}
+
+/// A connection that is closed when dropped, unless it was given back.
+struct Guarded(Option<PoolConnection<Postgres>>);
+
+impl Guarded {
+    fn inner(&mut self) -> &mut PgConnection {
+        self.0.as_mut().unwrap_or_else(|| unreachable!("a guarded connection is there until it is given back"))
+    }
+
+    fn give_back(&mut self) {
+        self.0.take();
+    }
+}
+
+impl Drop for Guarded {
+    fn drop(&mut self) {
+        if let Some(mut connection) = self.0.take() {
+            connection.close_on_drop();
+        }
+    }
+}

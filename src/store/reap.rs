@@ -1,0 +1,153 @@
+//! Finding what nobody acts for any more: leases that ran out, runs that nobody started.
+
+use chrono::{DateTime, Utc};
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::domain::Lease;
+
+/// The database as a reaper sees it when it looks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sight {
+    /// The database's clock.
+    pub now: DateTime<Utc>,
+    /// Its timeline, which changes at a failover; empty where it can't be read.
+    pub timeline: String,
+}
+
+/// Looks at the database's clock and timeline.
+pub async fn sight(connection: &mut PgConnection) -> sqlx::Result<Sight> {
+    sqlx::query_as!(
+        Sight,
+        r#"
+        select now() as "now!", substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8) as "timeline!"
+        "#
+    )
+    .fetch_one(connection)
+    .await
+}
+
+/// A run whose lease the reaper has taken out of its worker's hands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// The claim to settle, by fence alone.
+    pub lease: Lease,
+    /// True when its worker fell silent; false when it renews but has not ended the run long after its time limit.
+    pub silent: bool,
+}
+
+/// Shuts out the claims of at most `limit` running runs that are past their heartbeat deadline, or far past their time
+/// limit; the caller settles them. Silence counts from `seen_since` at the earliest, and from the server's start: while the
+/// database was away nobody could renew.
+///
+/// From the moment this is committed a renewal of such a claim finds the larger fence in `run_leases` and is told that the
+/// lease is lost, also one that was under way all the time. A renewal that came in first makes this pass leave the run
+/// alone. So no worker ever believes in a lease that the reaper has ended.
+pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limit: i64) -> sqlx::Result<Vec<Sealed>> {
+    let rows = sqlx::query!(
+        r#"
+        with since as (
+            select greatest(pg_postmaster_start_time(), $1::timestamptz) as at
+        ),
+        looked_at as (
+            select r.id, r.fence, greatest(l.heartbeat_at, r.started_at) as heard_at,
+                   make_interval(secs => r.heartbeat_timeout_seconds) as patience,
+                   r.started_at + make_interval(secs => r.timeout_seconds) as ends_at
+            from test_runs r
+            left join run_leases l on l.run_id = r.id
+            where r.status = 'running'
+        ),
+        overdue as materialized (
+            select o.id, o.fence, o.heard_at, greatest(o.heard_at, since.at) + o.patience < now() as silent
+            from looked_at o
+            cross join since
+            join test_runs r on r.id = o.id and r.fence = o.fence and r.status = 'running'
+            where greatest(o.heard_at, since.at) + o.patience < now()
+               or greatest(o.ends_at, since.at) + o.patience < now()
+            order by o.id
+            limit $2
+            for update of r skip locked
+        ),
+        sealed as (
+            insert into run_leases as l (run_id, fence, heartbeat_at)
+            select id, nextval('run_fence'), heard_at
+            from overdue
+            order by id
+            on conflict (run_id) do update
+            set fence = excluded.fence
+            where l.heartbeat_at <= excluded.heartbeat_at -- else a renewal came in first
+            returning run_id
+        )
+        select o.id as "id!", o.fence as "fence!", o.silent as "silent!"
+        from overdue o
+        join sealed s on s.run_id = o.id
+        order by o.id
+        "#,
+        seen_since,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| Sealed { lease: Lease { run_id: row.id, fence: row.fence, secret: None }, silent: row.silent })
+        .collect())
+}
+
+/// Ends at most `limit` queued runs that stayed unstarted for longer than they may: `skipped`, reason `expired`.
+pub async fn expire(connection: &mut PgConnection, start_within_seconds: i32, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!(
+        r#"
+        with overdue as materialized (
+            select r.id, coalesce(v.start_within_seconds, $1) as start_within
+            from test_runs r
+            join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
+            where r.status = 'queued' and r.attempt = 0
+              and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
+            order by r.id
+            limit $2
+            for update of r skip locked
+        ),
+        expired as (
+            update test_runs r
+            set status = 'skipped', reason = 'expired', error = 'no worker started it within ' || o.start_within || ' s',
+                finished_at = now(), version = r.version + 1
+            from overdue o
+            where r.id = o.id and r.status = 'queued'
+            returning r.id, r.attempt, r.fence
+        ),
+        recorded as (
+            insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
+            select id, 'queued', 'skipped', attempt, fence, 'reaper', 'expired'
+            from expired
+        )
+        select id from expired
+        "#,
+        start_within_seconds,
+        limit,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Deletes at most `limit` renewals of runs that are over. Not sooner than five minutes after the last one: a renewal
+/// that is still under way must meet the reaper's larger fence.
+pub async fn sweep_leases(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
+    let done = sqlx::query!(
+        r#"
+        delete from run_leases
+        where run_id in (
+            select l.run_id
+            from run_leases l
+            where l.heartbeat_at < now() - interval '5 minutes'
+              and not exists (select from test_runs r where r.id = l.run_id and r.status = 'running')
+            order by l.run_id
+            limit $1
+            for update skip locked)
+        "#,
+        limit,
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}

@@ -1,0 +1,212 @@
+//! Reading runs and what happened to them.
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use crate::domain::{Run, Status};
+
+/// The run with this id.
+pub async fn get(connection: &mut PgConnection, id: Uuid) -> sqlx::Result<Option<Run>> {
+    let run = sqlx::query_scalar!(r#"select to_jsonb(r) as "run!: Json<Run>" from test_runs r where r.id = $1"#, id)
+        .fetch_optional(connection)
+        .await?;
+    Ok(run.map(|run| run.0))
+}
+
+/// Which runs a list is about. What is `None` or empty does not narrow it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Filter {
+    /// The full workflow id.
+    pub workflow_id: Option<String>,
+    /// The definition, which also finds its instances.
+    pub definition: Option<String>,
+    /// Any of these statuses.
+    pub statuses: Vec<Status>,
+    /// The queue.
+    pub queue: Option<String>,
+    /// All of these labels, as name and value.
+    pub labels: Vec<(String, String)>,
+    /// Enqueued at this time or later.
+    pub since: Option<DateTime<Utc>>,
+    /// Enqueued before this time.
+    pub until: Option<DateTime<Utc>>,
+}
+
+impl Filter {
+    fn status_names(&self) -> Option<Vec<String>> {
+        (!self.statuses.is_empty()).then(|| self.statuses.iter().map(|status| status.as_str().to_owned()).collect())
+    }
+
+    fn label_object(&self) -> Option<serde_json::Value> {
+        (!self.labels.is_empty()).then(|| {
+            self.labels.iter().map(|(name, value)| (name.clone(), serde_json::Value::from(value.as_str()))).collect()
+        })
+    }
+}
+
+/// At most `limit` runs, newest first, that come after the run at `after`.
+pub async fn list(
+    connection: &mut PgConnection,
+    filter: &Filter,
+    after: Option<(DateTime<Utc>, Uuid)>,
+    limit: i64,
+) -> sqlx::Result<Vec<Run>> {
+    let (after_at, after_id) = after.unzip();
+    let statuses = filter.status_names();
+    let runs = sqlx::query_scalar!(
+        r#"
+        select to_jsonb(r) as "run!: Json<Run>"
+        from test_runs r
+        where ($1::text is null or r.workflow_id = $1)
+          and ($2::text is null or r.definition = $2)
+          and ($3::text[] is null or r.status = any($3))
+          and ($4::text is null or r.queue = $4)
+          and ($5::jsonb is null or r.labels @> $5)
+          and ($6::timestamptz is null or r.created_at >= $6)
+          and ($7::timestamptz is null or r.created_at < $7)
+          and ($8::timestamptz is null or (r.created_at, r.id) < ($8, $9::uuid))
+        order by r.created_at desc, r.id desc
+        limit $10
+        "#,
+        filter.workflow_id.as_deref(),
+        filter.definition.as_deref(),
+        statuses.as_deref(),
+        filter.queue.as_deref(),
+        filter.label_object(),
+        filter.since,
+        filter.until,
+        after_at,
+        after_id,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(runs.into_iter().map(|run| run.0).collect())
+}
+
+/// How many runs are in each status; a status without a run is not in the answer.
+pub async fn counts(connection: &mut PgConnection, filter: &Filter) -> sqlx::Result<Vec<(Status, i64)>> {
+    let statuses = filter.status_names();
+    let rows = sqlx::query!(
+        r#"
+        select r.status as "status: Status", count(*) as "runs!"
+        from test_runs r
+        where ($1::text is null or r.workflow_id = $1)
+          and ($2::text is null or r.definition = $2)
+          and ($3::text[] is null or r.status = any($3))
+          and ($4::text is null or r.queue = $4)
+          and ($5::jsonb is null or r.labels @> $5)
+          and ($6::timestamptz is null or r.created_at >= $6)
+          and ($7::timestamptz is null or r.created_at < $7)
+        group by r.status
+        "#,
+        filter.workflow_id.as_deref(),
+        filter.definition.as_deref(),
+        statuses.as_deref(),
+        filter.queue.as_deref(),
+        filter.label_object(),
+        filter.since,
+        filter.until,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.status, row.runs)).collect())
+}
+
+/// One attempt of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
+pub struct Attempt {
+    /// Counts from 1.
+    pub attempt: i32,
+    /// The claim's number.
+    pub fence: i64,
+    /// `running` while it is open; then `succeeded`, `failed`, `cancelled`, `timed_out`, `stale`, or `released`: given back
+    /// unstarted, not counted.
+    #[schema(example = "succeeded")]
+    pub status: String,
+    /// Why, where the status alone does not say it.
+    pub reason: Option<String>,
+    /// Who ran it.
+    pub worker: String,
+    /// When it was claimed.
+    pub started_at: DateTime<Utc>,
+    /// When it was settled; null while it is open.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// Exit code of its command, if it exited.
+    pub exit_code: Option<i32>,
+    /// One line on why it did not succeed.
+    pub error: Option<String>,
+}
+
+/// The attempts of a run, oldest first, the open one last.
+pub async fn attempts(connection: &mut PgConnection, run_id: Uuid) -> sqlx::Result<Vec<Attempt>> {
+    sqlx::query_as!(
+        Attempt,
+        r#"
+        select attempt as "attempt!", fence as "fence!", status as "status!", reason, worker as "worker!",
+               started_at as "started_at!", finished_at, exit_code, error
+        from (
+            select attempt, fence, status, reason, worker, started_at, finished_at, exit_code, error
+            from run_attempts
+            where run_id = $1
+            union all
+            select attempt, fence, status, reason, worker, started_at, null, null, null
+            from test_runs
+            where id = $1 and status = 'running'
+        ) a
+        order by fence
+        "#,
+        run_id,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// One change of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
+pub struct RunEvent {
+    /// Grows within a run.
+    pub seq: i64,
+    /// The status before; null for the first event.
+    pub from_status: Option<String>,
+    /// The status from then on. From `running` to `running` is a request to cancel.
+    #[schema(example = "queued")]
+    pub to_status: String,
+    /// The run's attempt at that moment.
+    pub attempt: i32,
+    /// The run's fence at that moment.
+    pub fence: i64,
+    /// Who did it: a requester, a worker, `reaper`, or a database user for a change by hand.
+    pub actor: String,
+    /// Why, where the statuses alone do not say it.
+    pub reason: Option<String>,
+    /// When, by the database's clock.
+    pub at: DateTime<Utc>,
+}
+
+/// At most `limit` events of a run, oldest first, that come after `after`.
+pub async fn events(
+    connection: &mut PgConnection,
+    run_id: Uuid,
+    after: i64,
+    limit: i64,
+) -> sqlx::Result<Vec<RunEvent>> {
+    sqlx::query_as!(
+        RunEvent,
+        r#"
+        select seq, from_status, to_status, attempt, fence, actor, reason, at
+        from run_events
+        where run_id = $1 and seq > $2
+        order by seq
+        limit $3
+        "#,
+        run_id,
+        after,
+        limit,
+    )
+    .fetch_all(connection)
+    .await
+}

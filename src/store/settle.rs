@@ -1,0 +1,59 @@
+//! The one way out of `running`: worker and reaper alike bring an [`Outcome`] under a lease.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+use crate::domain::{Lease, Outcome, Status};
+
+/// What became of an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// The run is now this.
+    Recorded(Status),
+    /// It was settled under this very lease before: an answer was lost, and the repetition changed nothing.
+    Already(Status),
+    /// The lease is gone; nothing was changed. The run is this now, unless it does not exist.
+    Lost(Option<Status>),
+}
+
+/// Settles attempts. The answers stand in the order of `outcomes`.
+///
+/// Where the end of the run was asked for, whatever is not a success becomes `cancelled`: decided here, in the update
+/// itself, because the request may arrive until then.
+pub async fn settle(
+    connection: &mut PgConnection,
+    outcomes: &[(Lease, Outcome)],
+    actor: &str,
+) -> sqlx::Result<Vec<Settled>> {
+    let run_ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
+    let fences: Vec<i64> = outcomes.iter().map(|(lease, _)| lease.fence).collect();
+    let secrets: Vec<Option<Uuid>> = outcomes.iter().map(|(lease, _)| lease.secret).collect();
+    let statuses: Vec<String> =
+        outcomes.iter().map(|(_, outcome)| outcome.verdict.status().as_str().to_owned()).collect();
+    let reasons: Vec<Option<String>> = outcomes.iter().map(|(_, outcome)| outcome.reason.clone()).collect();
+    let exit_codes: Vec<Option<i32>> = outcomes.iter().map(|(_, outcome)| outcome.exit_code).collect();
+    let outputs: Vec<Option<serde_json::Value>> = outcomes.iter().map(|(_, outcome)| outcome.output.clone()).collect();
+    let errors: Vec<Option<String>> = outcomes.iter().map(|(_, outcome)| outcome.error.clone()).collect();
+    let rows = sqlx::query_file!(
+        "src/store/sql/settle.sql",
+        &run_ids,
+        &fences,
+        &secrets as &[Option<Uuid>],
+        &statuses,
+        &reasons as &[Option<String>],
+        &exit_codes as &[Option<i32>],
+        &outputs as &[Option<serde_json::Value>],
+        &errors as &[Option<String>],
+        actor,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| match (row.recorded, row.already, row.current) {
+            (Some(status), _, _) => Settled::Recorded(status),
+            (None, true, Some(status)) => Settled::Already(status),
+            (None, _, current) => Settled::Lost(current),
+        })
+        .collect())
+}

@@ -1,0 +1,46 @@
+-- MATERIALIZED, or the planner may run the locking part once per row of the update and lock more than the limit.
+with due as materialized (
+    select id
+    from test_runs
+    where status = 'queued'
+      and available_at <= now()
+      and executor_type = any($3::text[])
+      and ($2::text[] is null or queue = any($2::text[]))
+    order by priority desc, available_at, id
+    limit $4
+    for update skip locked
+),
+claimed as (
+    update test_runs r
+    set status = 'running',
+        reason = null,
+        attempt = r.attempt + 1,
+        fence = nextval('run_fence'),
+        lease_secret = gen_random_uuid(),
+        worker = $1,
+        -- never before the finish of the workflow's run before it: the database's clock may have been set back
+        started_at = greatest(now(), (
+            select p.finished_at
+            from test_runs p
+            where p.workflow_id = r.workflow_id and p.finished_at is not null
+            order by p.created_at desc, p.id desc
+            limit 1)),
+        timeout_seconds = coalesce(r.timeout_seconds, $5),
+        heartbeat_timeout_seconds = coalesce(r.heartbeat_timeout_seconds, $6),
+        exit_code = null,
+        output = null,
+        error = null,
+        version = r.version + 1
+    from due
+    where r.id = due.id and r.status = 'queued'
+    returning r.*
+),
+recorded as (
+    insert into run_events (run_id, from_status, to_status, attempt, fence, actor)
+    select id, 'queued', 'running', attempt, fence, worker
+    from claimed
+)
+select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!", v.executor as "executor: Json<Executor>"
+from claimed c
+join workflow_revisions v on v.workflow_id = c.definition and v.revision = c.revision
+order by c.priority desc, c.available_at, c.id

@@ -1,0 +1,55 @@
+with entry as materialized (
+    select *
+    from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[])
+        with ordinality as e (id, workflow_id, input, priority, labels, requested_by, position)
+),
+-- The definition: of the id itself, else of what stands before its @.
+known as materialized (
+    select e.*, w.id as definition, v.revision, v.executor_type, v.queue, v.timeout_seconds, v.heartbeat_timeout_seconds,
+           coalesce(e.priority, v.priority) as effective_priority, v.labels || e.labels as all_labels
+    from entry e
+    cross join lateral (
+        select id, revision
+        from workflows
+        where id in (e.workflow_id, split_part(e.workflow_id, '@', 1)) and deleted_at is null
+        order by length(id) desc
+        limit 1
+    ) w
+    join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+),
+-- Reading comes before writing: a refusal writes nothing, and takes no transaction id.
+holder as materialized (
+    select r.workflow_id, r.id as run_id, r.status, r.reason, r.created_at, r.started_at, r.requested_by,
+           case when r.status = 'running'
+                then extract(epoch from now() - greatest(l.heartbeat_at, r.started_at))::float8
+           end as heartbeat_age_seconds
+    from entry e
+    join test_runs r on r.workflow_id = e.workflow_id and r.status in ('queued', 'running')
+    left join run_leases l on l.run_id = r.id
+),
+inserted as (
+    insert into test_runs (id, workflow_id, definition, revision, status, executor_type, queue, priority, labels, input,
+                           available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, version)
+    select id, workflow_id, definition, revision, 'queued', executor_type, queue, effective_priority, all_labels, input,
+           now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, 1
+    from known k
+    where not exists (select from holder h where h.workflow_id = k.workflow_id)
+    order by workflow_id -- two batches that lock in different orders deadlock
+    on conflict do nothing -- whatever index it is: REINDEX CONCURRENTLY brings one of another name
+    returning *
+),
+recorded as (
+    insert into run_events (run_id, from_status, to_status, attempt, fence, actor)
+    select id, null, status, attempt, fence, requested_by
+    from inserted
+)
+select (k.definition is not null or m.id is not null) as "known!",
+       coalesce(to_jsonb(i), to_jsonb(m)) as "run: Json<Run>",
+       case when h.run_id is not null then to_jsonb(h) end as "holder: Json<Holder>"
+from entry e
+left join known k on k.position = e.position
+left join inserted i on i.id = e.id
+-- The same request, sent before: looked for only when it may be there.
+left join test_runs m on $7::boolean and m.id = e.id
+left join holder h on h.workflow_id = e.workflow_id
+order by e.position

@@ -1,0 +1,42 @@
+with current as materialized (
+    select w.deleted_at, v.*
+    from workflows w
+    join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+    where w.id = $1
+    for update of w -- two edits at once make two revisions, one after the other
+),
+same as materialized (
+    select *
+    from current
+    where deleted_at is null
+      and executor = $3
+      and timeout_seconds is not distinct from $4
+      and heartbeat_timeout_seconds is not distinct from $5
+      and start_within_seconds is not distinct from $6
+      and priority = $7
+      and queue = $8
+      and labels = $9
+),
+next as (
+    insert into workflows as w (id, revision)
+    select $1, 1
+    where not exists (select from same)
+    on conflict (id) do update
+    set revision = w.revision + 1, deleted_at = null, updated_at = now()
+    returning w.id, w.revision
+),
+written as (
+    insert into workflow_revisions (workflow_id, revision, executor_type, executor, timeout_seconds,
+                                    heartbeat_timeout_seconds, start_within_seconds, priority, queue, labels, created_by)
+    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10
+    from next
+    returning *
+),
+answer as (
+    select to_jsonb(w) || jsonb_build_object('id', w.workflow_id) as revision from written w
+    union all
+    select to_jsonb(s) || jsonb_build_object('id', s.workflow_id) from same s
+)
+select revision as "revision!: Json<Revision>",
+       not exists (select from current where deleted_at is null) as "created!"
+from answer

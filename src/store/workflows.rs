@@ -1,0 +1,170 @@
+//! Workflow definitions and their revisions.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use sqlx::PgConnection;
+use sqlx::types::Json;
+use uuid::Uuid;
+
+use crate::domain::{Definition, WorkflowId};
+
+/// One revision of a workflow: its definition, and since when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Revision {
+    /// The workflow.
+    #[schema(example = "deploy")]
+    pub id: String,
+    /// Counts from 1; runs keep the one they were enqueued with.
+    pub revision: i32,
+    /// What it says.
+    #[serde(flatten)]
+    pub definition: Definition,
+    /// When this revision was written.
+    pub created_at: DateTime<Utc>,
+    /// Who wrote it.
+    pub created_by: String,
+}
+
+/// What became of a PUT.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Put {
+    /// The current revision.
+    pub revision: Revision,
+    /// True when the id was not in use before.
+    pub created: bool,
+}
+
+/// Makes `definition` the current revision of `id`; what says the same as the current one makes no new one.
+pub async fn put(
+    connection: &mut PgConnection,
+    id: &WorkflowId,
+    definition: &Definition,
+    by: &str,
+) -> sqlx::Result<Put> {
+    let row = sqlx::query_file!(
+        "src/store/sql/put_workflow.sql",
+        id.as_str(),
+        definition.executor.kind(),
+        serde_json::json!(definition.executor),
+        definition.timeout_seconds,
+        definition.heartbeat_timeout_seconds,
+        definition.start_within_seconds,
+        definition.priority,
+        definition.queue,
+        serde_json::json!(definition.labels),
+        by,
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(Put { revision: row.revision.0, created: row.created })
+}
+
+/// The current revision of exactly this id.
+pub async fn get(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Revision>> {
+    let revision = sqlx::query_scalar!(
+        r#"
+        select to_jsonb(v) || jsonb_build_object('id', v.workflow_id) as "revision!: Json<Revision>"
+        from workflows w
+        join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+        where w.id = $1 and w.deleted_at is null
+        "#,
+        id.as_str(),
+    )
+    .fetch_optional(connection)
+    .await?;
+    Ok(revision.map(|revision| revision.0))
+}
+
+/// At most `limit` workflows in use, newest id first, that come after the one defined at `after`; each with the time at
+/// which its id was first defined.
+pub async fn list(
+    connection: &mut PgConnection,
+    after: Option<(DateTime<Utc>, String)>,
+    limit: i64,
+) -> sqlx::Result<Vec<(DateTime<Utc>, Revision)>> {
+    let (after_at, after_id) = after.unzip();
+    let rows = sqlx::query!(
+        r#"
+        select w.created_at, to_jsonb(v) || jsonb_build_object('id', v.workflow_id) as "revision!: Json<Revision>"
+        from workflows w
+        join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+        where w.deleted_at is null and ($1::timestamptz is null or (w.created_at, w.id) < ($1, $2::text))
+        order by w.created_at desc, w.id desc
+        limit $3
+        "#,
+        after_at,
+        after_id,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.created_at, row.revision.0)).collect())
+}
+
+/// At most `limit` revisions of an id, newest first, that come after revision `after`. Those of a deleted id too.
+pub async fn revisions(
+    connection: &mut PgConnection,
+    id: &WorkflowId,
+    after: Option<i32>,
+    limit: i64,
+) -> sqlx::Result<Vec<Revision>> {
+    let revisions = sqlx::query_scalar!(
+        r#"
+        select to_jsonb(v) || jsonb_build_object('id', v.workflow_id) as "revision!: Json<Revision>"
+        from workflow_revisions v
+        where v.workflow_id = $1 and ($2::integer is null or v.revision < $2)
+        order by v.revision desc
+        limit $3
+        "#,
+        id.as_str(),
+        after,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(revisions.into_iter().map(|revision| revision.0).collect())
+}
+
+/// What became of a deletion.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Deleted {
+    /// It is hidden now.
+    Gone,
+    /// A run of it, or of an instance of it, is not over.
+    InUse(Uuid),
+    /// There is no such workflow.
+    Unknown,
+}
+
+/// Hides a workflow unless a run that uses its definition is not over. Its history stays, and its id may come back.
+pub async fn delete(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Deleted> {
+    let row = sqlx::query!(
+        r#"
+        with live as materialized (
+            select r.id
+            from test_runs r
+            where r.definition = $1 and r.status in ('scheduled', 'waiting', 'queued', 'running')
+            order by r.created_at
+            limit 1
+        ),
+        deleted as (
+            update workflows
+            set deleted_at = now(), updated_at = now()
+            where id = $1 and deleted_at is null and not exists (select from live)
+            returning id
+        )
+        select exists (select from deleted) as "gone!", (select id from live) as live,
+               exists (select from workflows where id = $1 and deleted_at is null) as "known!"
+        "#,
+        id.as_str(),
+    )
+    .fetch_one(connection)
+    .await?;
+    Ok(match row.live {
+        _ if !row.known => Deleted::Unknown,
+        Some(run_id) if !row.gone => Deleted::InUse(run_id),
+        _ if row.gone => Deleted::Gone,
+        // Somebody else deleted it between this statement's snapshot and its update.
+        _ => Deleted::Unknown,
+    })
+}

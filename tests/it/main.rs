@@ -1,0 +1,7 @@
+//! One test binary: `support/` first, then one file per resource, loop or promise. Test names are sentences.
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking, and its name is its documentation")]
+
+mod support;
+
+mod runs;

@@ -1,0 +1,126 @@
+//! One durable Postgres for the whole run, and a database of its own for each test, cloned from a migrated one.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+use singletrack::dev::{Options, Postgres};
+use singletrack::store::{Db, LIMIT, migrate};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use tokio::sync::OnceCell;
+
+const TEMPLATE: &str = "singletrack_template";
+
+/// Starts a Postgres of its own under `folder` of the build's temporary folder: for tests that stop and crash it.
+pub fn own_postgres(folder: &str) -> Postgres {
+    // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root.
+    let data_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
+    let bin_dir = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
+    let settings = [("max_connections", "300"), ("shared_buffers", "128MB")];
+    let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    Postgres::start(Options { data_dir, bin_dir, settings }).expect("a Postgres for the tests")
+}
+
+fn shared() -> MutexGuard<'static, Postgres> {
+    static SHARED: OnceLock<Mutex<Postgres>> = OnceLock::new();
+    SHARED.get_or_init(|| Mutex::new(own_postgres("postgres"))).lock().unwrap()
+}
+
+/// A database of one test.
+pub struct TestDb {
+    /// Its URL, for processes.
+    pub url: String,
+    /// Its name.
+    pub name: String,
+    /// For the test's own statements.
+    pub sql: PgPool,
+    /// For calls of the store.
+    pub db: Db,
+}
+
+impl TestDb {
+    /// A migrated, empty database on the shared Postgres.
+    pub async fn new() -> Self {
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        static READY: OnceCell<()> = OnceCell::const_new();
+        READY.get_or_init(make_template).await;
+        let name = format!("test_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let admin = PgPool::connect(&url("postgres")).await.unwrap();
+        create(&admin, &name, Some(TEMPLATE)).await;
+        admin.close().await;
+        Self::at(url(&name), name)
+    }
+
+    /// A migrated database on a Postgres of the test's own.
+    pub async fn on(postgres: &Postgres) -> Self {
+        let admin = PgPool::connect(&postgres.url("postgres")).await.unwrap();
+        sqlx::query("drop database if exists test with (force)").execute(&admin).await.unwrap();
+        create(&admin, "test", None).await;
+        let this = Self::at(postgres.url("test"), "test".into());
+        migrate::migrate(&this.options()).await.unwrap();
+        this
+    }
+
+    fn at(url: String, name: String) -> Self {
+        let options: PgConnectOptions = url.parse().unwrap();
+        let sql = PgPoolOptions::new().max_connections(5).connect_lazy_with(options.clone());
+        Self { url, name, sql, db: Db::new(options, 10, LIMIT) }
+    }
+
+    /// How to connect.
+    pub fn options(&self) -> PgConnectOptions {
+        self.url.parse().unwrap()
+    }
+
+    /// Fails when a promise is broken that the database itself can see, or a connection was left inside a transaction.
+    pub async fn check(&self) {
+        let broken: Vec<(String, String, String)> =
+            sqlx::query_as("select violation, workflow_id, detail from invariant_violations")
+                .fetch_all(&self.sql)
+                .await
+                .unwrap();
+        assert!(broken.is_empty(), "{broken:?}");
+        let open: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity where datname = current_database() and state like 'idle in transaction%'",
+        )
+        .fetch_one(&self.sql)
+        .await
+        .unwrap();
+        assert_eq!(open, 0, "connections left inside a transaction");
+    }
+}
+
+fn url(database: &str) -> String {
+    shared().url(database)
+}
+
+async fn create(admin: &PgPool, name: &str, template: Option<&str>) {
+    let template = template.map(|template| format!("template {template}")).unwrap_or_default();
+    let statement = format!("create database {name} {template}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(admin).await.unwrap();
+}
+
+async fn make_template() {
+    let admin = PgPool::connect(&url("postgres")).await.unwrap();
+    let durable: String =
+        sqlx::query_scalar("select current_setting('fsync') || current_setting('synchronous_commit') || current_setting('full_page_writes')")
+            .fetch_one(&admin)
+            .await
+            .unwrap();
+    assert_eq!(durable, "ononon", "what is proved without durability is not proved");
+    // Left by a run before this one, and perhaps by older migrations.
+    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop database if exists {TEMPLATE} with (force)")))
+        .execute(&admin)
+        .await
+        .unwrap();
+    let old: Vec<String> = sqlx::query_scalar("select datname::text from pg_database where datname like 'test\\_%'")
+        .fetch_all(&admin)
+        .await
+        .unwrap();
+    for name in old {
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop database {name} with (force)"))).execute(&admin).await.unwrap();
+    }
+    create(&admin, TEMPLATE, None).await;
+    admin.close().await;
+    migrate::migrate(&url(TEMPLATE).parse().unwrap()).await.unwrap();
+}

@@ -1,0 +1,79 @@
+//! Rows as they would be: a test states only what it is about.
+
+use serde_json::json;
+use singletrack::domain::{Lease, Status};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use super::database::TestDb;
+
+/// Defines a workflow that runs `argv`, unless it is there.
+pub async fn workflow(sql: &PgPool, id: &str, argv: &[&str]) {
+    let executor = json!({"type": "command", "argv": argv});
+    sqlx::query(
+        "with w as (insert into workflows (id, revision) values ($1, 1) on conflict do nothing returning id)
+         insert into workflow_revisions (workflow_id, revision, executor_type, executor, created_by)
+         select id, 1, 'command', $2, 'test' from w",
+    )
+    .bind(id)
+    .bind(executor)
+    .execute(sql)
+    .await
+    .unwrap();
+}
+
+/// Plants a run of `workflow` in `status` with everything that status requires, events included; returns its lease, whose
+/// secret is there only while it runs.
+pub async fn run(test: &TestDb, workflow_id: &str, status: Status) -> Lease {
+    workflow(&test.sql, workflow_id, &["true"]).await;
+    let id = Uuid::now_v7();
+    let started = !matches!(status, Status::Scheduled | Status::Waiting | Status::Queued | Status::Skipped);
+    let secret = (status == Status::Running).then(Uuid::new_v4);
+    let fence: i64 = sqlx::query_scalar(
+        "with run as (
+            insert into test_runs (id, workflow_id, definition, revision, status, executor_type, version, requested_by,
+                                   run_at, available_at, attempt, fence, settled_fence, lease_secret, worker, started_at,
+                                   finished_at, timeout_seconds, heartbeat_timeout_seconds)
+            values ($1, $2, $2, 1, $3, 'command', 1, 'test',
+                    case when $3 = 'scheduled' then now() end, now(),
+                    $4::int, case when $4 = 1 then nextval('run_fence') else 0 end, null, $5,
+                    case when $4 = 1 then 'planted' end, case when $4 = 1 then now() end,
+                    case when $6 then now() end, 600, 60)
+            returning *),
+         settled as (
+            insert into run_attempts (run_id, fence, attempt, status, worker, started_at, finished_at)
+            select id, fence, attempt, status, worker, started_at, finished_at from run where $6 and $4 = 1),
+         event as (
+            insert into run_events (run_id, to_status, attempt, fence, actor) select id, status, attempt, fence, 'test' from run)
+         select fence from run",
+    )
+    .bind(id)
+    .bind(workflow_id)
+    .bind(status.as_str())
+    .bind(i32::from(started))
+    .bind(secret)
+    .bind(status.is_final())
+    .fetch_one(&test.sql)
+    .await
+    .unwrap();
+    Lease { run_id: id, fence, secret }
+}
+
+/// Makes a running run look as if its worker had been silent for `seconds`.
+pub async fn silence(sql: &PgPool, run_id: Uuid, seconds: i32) {
+    sqlx::query(
+        "with run as (update test_runs set started_at = now() - make_interval(secs => $2), version = version + 1
+                      where id = $1 returning id)
+         update run_leases set heartbeat_at = now() - make_interval(secs => $2) where run_id = $1",
+    )
+    .bind(run_id)
+    .bind(seconds)
+    .execute(sql)
+    .await
+    .unwrap();
+}
+
+/// The run's status, as its row says it.
+pub async fn status(sql: &PgPool, run_id: Uuid) -> Status {
+    sqlx::query_scalar("select status from test_runs where id = $1").bind(run_id).fetch_one(sql).await.unwrap()
+}
