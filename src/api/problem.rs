@@ -1,7 +1,6 @@
 //! Errors as `application/problem+json` (RFC 9457): a stable `type` per cause.
 
 use std::any::Any;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
@@ -27,8 +26,9 @@ const TYPE: &str = "urn:singletrack:problem:";
 }))]
 pub(super) struct Problem {
     /// `urn:singletrack:problem:` and the cause: `slot-taken`, `not-found`, `invalid-request`, ...
-    #[serde(rename = "type")]
-    kind: String,
+    #[serde(rename = "type", serialize_with = "as_type")]
+    #[schema(value_type = String)]
+    cause: &'static str,
     /// The cause in words; always the same for one `type`.
     title: &'static str,
     /// The HTTP status.
@@ -37,7 +37,7 @@ pub(super) struct Problem {
     status: StatusCode,
     /// What it is about this time, and what to do.
     #[serde(skip_serializing_if = "Option::is_none")]
-    detail: Option<String>,
+    detail: Option<Box<str>>,
     /// What is wrong with which part of the request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<Mistake>,
@@ -47,12 +47,13 @@ pub(super) struct Problem {
     run_id: Option<Uuid>,
     /// With `slot-taken`: what the run that holds the slot is doing.
     #[serde(skip_serializing_if = "Option::is_none")]
-    holder: Option<Holder>,
+    holder: Option<Box<Holder>>,
+    /// In seconds.
     #[serde(skip)]
-    retry_after: Option<Duration>,
+    retry_after: Option<u16>,
     /// What the log says and the client is not told.
     #[serde(skip)]
-    cause: Option<String>,
+    for_the_log: Option<Box<str>>,
 }
 
 /// One wrong part of a request.
@@ -77,14 +78,18 @@ pub(super) enum Place {
     Header(String),
 }
 
+fn as_type<S: serde::Serializer>(cause: &str, out: S) -> Result<S::Ok, S::Error> {
+    out.collect_str(&format_args!("{TYPE}{cause}"))
+}
+
 fn as_number<S: serde::Serializer>(status: &StatusCode, out: S) -> Result<S::Ok, S::Error> {
     out.serialize_u16(status.as_u16())
 }
 
 impl Problem {
-    fn new(status: StatusCode, cause: &str, title: &'static str) -> Self {
+    fn new(status: StatusCode, cause: &'static str, title: &'static str) -> Self {
         Self {
-            kind: format!("{TYPE}{cause}"),
+            cause,
             title,
             status,
             detail: None,
@@ -92,26 +97,26 @@ impl Problem {
             run_id: None,
             holder: None,
             retry_after: None,
-            cause: None,
+            for_the_log: None,
         }
     }
 
-    fn with_detail(self, detail: impl Into<String>) -> Self {
+    fn with_detail(self, detail: impl Into<Box<str>>) -> Self {
         Self { detail: Some(detail.into()), ..self }
     }
 
     pub(super) fn slot_taken(holder: Holder) -> Self {
         Self {
             run_id: Some(holder.run_id),
-            holder: Some(holder),
-            retry_after: Some(Duration::from_secs(5)),
+            holder: Some(Box::new(holder)),
+            retry_after: Some(5),
             ..Self::new(StatusCode::CONFLICT, "slot-taken", "Another run of this workflow is in progress")
         }
     }
 
     pub(super) fn contended() -> Self {
         Self {
-            retry_after: Some(Duration::from_secs(1)),
+            retry_after: Some(1),
             ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "contended", "The slot changed hands too fast to be looked at")
                 .with_detail("Nothing was enqueued. Repeat the request.")
         }
@@ -152,7 +157,7 @@ impl Problem {
             .with_detail("Use next_cursor of an answer to the same filters, or leave it out to begin anew.")
     }
 
-    pub(super) fn malformed(detail: impl Into<String>) -> Self {
+    pub(super) fn malformed(detail: impl Into<Box<str>>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "malformed-request", "The request can't be read").with_detail(detail)
     }
 
@@ -179,9 +184,9 @@ impl Problem {
             .with_detail(format!("Origin `{}` is not this service's own.", origin.escape_debug()))
     }
 
-    pub(super) fn internal(cause: impl Into<String>) -> Self {
+    pub(super) fn internal(cause: impl Into<Box<str>>) -> Self {
         Self {
-            cause: Some(cause.into()),
+            for_the_log: Some(cause.into()),
             ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "The service failed")
                 .with_detail("Its log has the cause, under the id in the header X-Request-Id.")
         }
@@ -200,8 +205,8 @@ impl Problem {
 
     fn unavailable(error: &store::Error) -> Self {
         Self {
-            retry_after: Some(Duration::from_secs(2)),
-            cause: Some(error.to_string()),
+            retry_after: Some(2),
+            for_the_log: Some(error.to_string().into()),
             ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "database-unavailable", "The database can't be used right now")
                 .with_detail("Repeat the request after the time in Retry-After.")
         }
@@ -219,14 +224,14 @@ impl Problem {
 
     /// Logs what the client is not told. Once, at the edge: the layers below hand errors up and log nothing.
     pub(super) fn log(&self) {
-        if let Some(cause) = &self.cause {
-            tracing::error!(http.status = self.status.as_u16(), problem = self.kind, cause, "request failed");
+        if let Some(cause) = &self.for_the_log {
+            tracing::error!(http.status = self.status.as_u16(), problem = self.cause, %cause, "request failed");
         }
     }
 
     /// What it is about, in a line.
     pub(super) fn line(&self) -> String {
-        self.detail.clone().unwrap_or_else(|| self.title.to_owned())
+        self.detail.as_deref().unwrap_or(self.title).to_owned()
     }
 }
 
@@ -254,7 +259,7 @@ impl IntoResponse for Problem {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
         if let Some(after) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs()));
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(after));
         }
         if let (Some(run_id), Some(_)) = (self.run_id, &self.holder)
             && let Ok(location) = HeaderValue::try_from(super::runs::path(run_id))

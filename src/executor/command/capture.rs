@@ -10,11 +10,11 @@ use tokio::process::{ChildStderr, ChildStdout};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
-use crate::domain::run::Stream;
+use crate::domain::run::{LogChunk, Stream};
 
+use super::Limits;
 use super::output::{Found, LastLine};
 use super::text::Text;
-use super::{Limits, LogChunk};
 
 const READ_BYTES: usize = 16 * 1024;
 

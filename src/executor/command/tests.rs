@@ -12,9 +12,9 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::{Invocation, Limits, LogChunk, run};
+use super::{Invocation, Limits, run};
 use crate::domain::outcome::{Outcome, Verdict};
-use crate::domain::run::{StopCause, Stream};
+use crate::domain::run::{LogChunk, StopCause, Stream};
 use crate::domain::workflow::Command;
 
 const GRACE: Duration = Duration::from_millis(200);
