@@ -1,11 +1,66 @@
-//! x
-pub mod api;
-pub mod app;
-pub mod cli;
-pub mod config;
-pub mod dev;
+//! Singletrack runs each workflow **at most once at a time**. POST a run: 202 and its id. Is one already in progress:
+//! 409 and *that* run's id. Any number of replicas share one Postgres, and nothing else is needed.
+//!
+//! This page is the map. The promise is two partial unique indexes on `test_runs`: one `running` row per workflow, and one
+//! `queued` or `running` row, so that the refusal is given at enqueue. The slot *is* the row; there is no lock, no map in
+//! memory, nothing that can leak. Everything else here keeps what is around that row honest.
+//!
+//! # One run, from the request to its end
+//!
+//! 1. `POST /api/v1/workflows/{id}/runs` reaches [`api`], which parses and calls [`store::enqueue`]: one statement that
+//!    looks for a holder, inserts if there is none, and writes the first event. 202 is answered after its commit.
+//! 2. The dispatcher of some replica ([`engine::dispatcher`]) claims it ([`store::claim`]): `FOR UPDATE SKIP LOCKED`, up to
+//!    the replica's free capacity, with a new fence and a secret. Together they are the [`domain::Lease`].
+//! 3. One attempt (`engine/attempt.rs`) runs the command ([`executor::command`]) in a process group of its own and stores
+//!    what it prints. [`engine::heartbeat`] renews the lease in `run_leases`, on a connection of its own.
+//! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`]): the run becomes final, the slot is
+//!    free, and the attempt and the event are written by the same statement.
+//! 5. If the worker is lost, the reaper of any replica ([`engine::reaper`]) first shuts its claim out of `run_leases`
+//!    ([`store::reap`]) and then settles the run as `stale`, down the same path.
+//!
+//! # Where things live
+//!
+//! | module | what it is | may use |
+//! |---|---|---|
+//! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | nothing of ours but names |
+//! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
+//! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
+//! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain |
+//! | [`engine`] | what happens unasked: passes, and the loops that repeat them | domain, store, executor, config |
+//! | [`api`] | the only place that knows HTTP: `api/mod.rs` has every route on one screen | domain, store |
+//! | [`dev`] | the private Postgres of `singletrack dev` and of the tests | nothing of ours |
+//! | [`app`] | composition root: wires the parts, and stops them in order | all |
+//! | [`cli`] | the commands of the binary | app, config, dev, domain, telemetry |
+//!
+//! `migrations/` has the schema, the triggers that refuse what must not happen by hand, and the views for people.
+//!
+//! # Invariants
+//!
+//! - Per workflow id at most one row is `running`, and at most one holds the slot. Postgres has nowhere to put a second.
+//! - Every write out of `running` names id, status and fence. Zero rows means that the lease is lost, and that is a variant
+//!   the caller must match ([`store::settle::Settled::Lost`]).
+//! - A final row never changes. Fences only grow.
+//! - A renewal and the reaper meet on the same `run_leases` row: no worker is told that it holds what the reaper has ended.
+//! - Renewals lock nothing but `run_leases`: whoever locks a run by hand costs nobody a lease.
+//! - Times are the database's. A replica's clock decides nothing that another replica sees.
+//! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
+//! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
+//!
+//! `invariant_violations`, a view, is these as queries that find nothing.
+
 pub mod domain;
-pub mod engine;
-pub mod executor;
+
 pub mod store;
+
+pub mod executor;
+
+pub mod engine;
+
+pub mod api;
+
+pub mod app;
+pub mod config;
 pub mod telemetry;
+
+pub mod cli;
+pub mod dev;

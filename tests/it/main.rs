@@ -1,7 +1,14 @@
 //! One test binary: `support/` first, then one file per resource, loop or promise. Test names are sentences.
 
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test fails by panicking, and its name is its documentation")]
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    reason = "a test fails by panicking, and its name is its documentation"
+)]
 
 mod support;
 
 mod runs;
+mod sqlx_data;
+mod tidy;
