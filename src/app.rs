@@ -124,14 +124,17 @@ pub async fn run(
     let mut parts = Parts::default();
     parts.spawn("api", serve(listener, router, server.clone()));
     parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
+    parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
     let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
     parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
     if config.worker.capacity > 0 {
-        parts.spawn("dispatcher", engine::dispatch(ctx.clone()));
+        // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
+        parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));
     }
     tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
 
     let failed = tokio::select! {
+        biased; // the dispatcher ends by itself when draining begins
         () = stop.draining.cancelled() => None,
         name = parts.unexpected_end() => Some(name),
     };
@@ -189,10 +192,7 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
 /// Lets attempts finish, then stops what still runs. Heartbeats go on all the while.
 async fn drain(ctx: &engine::Ctx, drain_timeout: Duration, kill_grace: Duration) {
     ctx.attempts.close();
-    let running = ctx.attempts.len();
-    if running > 0 {
-        tracing::info!(running, "stopping: waiting for runs to finish");
-    }
+    tracing::info!(running = ctx.held.len(), "stopping: waiting for runs to finish");
     tokio::select! {
         () = ctx.attempts.wait() => return,
         () = sleep(drain_timeout) => {}

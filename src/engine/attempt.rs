@@ -3,14 +3,14 @@
 use std::time::{Duration, Instant};
 
 use rand::random_range;
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use tokio::time::sleep;
 use tracing::Instrument as _;
 
 use super::Ctx;
 use super::boottime::Boottime;
 use super::heartbeat::Held;
-use crate::domain::{Executor, Lease, LogChunk, Outcome, StopCause, Verdict};
+use crate::domain::{Command, Executor, Lease, LogChunk, Outcome, StopCause, Verdict};
 use crate::executor::command::{self, Invocation, Limits};
 use crate::store;
 use crate::store::claim::Claimed;
@@ -43,21 +43,36 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, sent: Boottime) {
     }
     let started = Instant::now();
     tracing::info!("attempt started");
+    let outcome = match serde_json::from_value(claimed.executor.clone()) {
+        Ok(Executor::Command(command)) => run_command(ctx, &claimed, &command, stop).await,
+        Err(error) => {
+            let text = format!("this version can't read the workflow's executor: {error}");
+            Outcome::because(Verdict::Failed, "unreadable", text)
+        }
+    };
+    record(ctx, lease, outcome, started.elapsed()).await;
+}
+
+async fn run_command(
+    ctx: &Ctx,
+    claimed: &Claimed,
+    command: &Command,
+    stop: watch::Receiver<Option<StopCause>>,
+) -> Outcome {
     let (log, chunks) = mpsc::channel(LOG_BACKLOG);
-    let Executor::Command(command) = &claimed.executor;
     let invocation = Invocation {
         command,
         run_id: claimed.run.id,
         workflow_id: &claimed.run.workflow_id,
         attempt: claimed.run.attempt,
-        fence: lease.fence,
+        fence: claimed.lease.fence,
         input: claimed.run.input.as_ref(),
         time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
         kill_grace: ctx.worker.kill_grace,
         limits: Limits { log_bytes: ctx.worker.log_bytes, output_bytes: ctx.worker.output_bytes },
     };
-    let (outcome, ()) = tokio::join!(command::run(invocation, log, stop), keep_log(ctx, lease, chunks));
-    record(ctx, lease, outcome, started.elapsed()).await;
+    let (outcome, ()) = tokio::join!(command::run(invocation, log, stop), keep_log(ctx, claimed.lease, chunks));
+    outcome
 }
 
 fn seconds(of_the_run: Option<i32>, of_the_worker: Duration) -> Duration {

@@ -12,8 +12,8 @@ use super::Ctx;
 use super::boottime::Boottime;
 use crate::config::{MARGIN, Worker};
 use crate::domain::{Lease, StopCause};
+use crate::store;
 use crate::store::claim::{Renewal, renew};
-use crate::store::{self};
 
 /// The leases held, by run.
 #[derive(Default)]
@@ -29,8 +29,6 @@ struct HeldLease {
     /// When the last renewal that succeeded was sent, or the claim. From the sending, because the database counts from the
     /// moment it took it, which is later.
     good: Boottime,
-    /// When the last renewal was sent, good or not.
-    sent: Boottime,
     /// Silence after which it must end itself, so that its process is dead before the reaper acts.
     patience: Duration,
     stop: watch::Sender<Option<StopCause>>,
@@ -75,14 +73,14 @@ impl Held {
         let (stop, stopped) = watch::channel(None);
         let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
         let interval = worker.heartbeat_interval.min(patience / 4);
-        self.lock().insert(lease.run_id, HeldLease { lease, interval, good: sent, sent, patience, stop });
+        self.lock().insert(lease.run_id, HeldLease { lease, interval, good: sent, patience, stop });
         self.changed.notify_one();
         (Holding { held: self, run_id: lease.run_id }, stopped)
     }
 
     /// Whether the lease is known to be lost.
     pub(super) fn is_lost(&self, lease: Lease) -> bool {
-        self.lock().get(&lease.run_id).is_none_or(|held| *held.stop.borrow() == Some(StopCause::LeaseLost))
+        self.lock().get(&lease.run_id).is_none_or(HeldLease::is_lost)
     }
 
     /// Tells every attempt to end.
@@ -96,24 +94,32 @@ impl Held {
     pub(super) async fn until_due(&self) {
         let rest = {
             let leases = self.lock();
-            leases.values().map(|held| held.interval.saturating_sub(held.sent.elapsed())).min()
+            let kept = leases.values().filter(|held| !held.is_lost());
+            kept.map(|held| held.interval.saturating_sub(held.good.elapsed())).min()
         };
         tokio::select! {
             () = self.changed.notified() => {}
-            // Looked at twice a second at least: a suspended machine does not advance the sleep, only the lease.
-            () = sleep(rest.unwrap_or(Duration::MAX).min(Duration::from_millis(500))), if rest.is_some() => {}
+            () = sleep(rest.unwrap_or_default()), if rest.is_some() => {}
         }
     }
 
     fn due(&self) -> Vec<Lease> {
-        self.lock().values().filter(|held| held.sent.elapsed() >= held.interval).map(|held| held.lease).collect()
+        let leases = self.lock();
+        let due = leases.values().filter(|held| !held.is_lost() && held.good.elapsed() >= held.interval);
+        due.map(|held| held.lease).collect()
     }
 
-    /// Ends every attempt whose lease may be taken by the reaper before the process could be killed.
-    fn fence_off(&self) {
+    /// Ends every attempt whose lease the reaper may take before its process could be killed otherwise.
+    pub(super) fn fence_off(&self) {
         for held in self.lock().values().filter(|held| held.good.elapsed() > held.patience) {
             stop(held, StopCause::LeaseLost);
         }
+    }
+}
+
+impl HeldLease {
+    fn is_lost(&self) -> bool {
+        *self.stop.borrow() == Some(StopCause::LeaseLost)
     }
 }
 
@@ -133,18 +139,11 @@ fn stop(held: &HeldLease, cause: StopCause) {
 
 /// Renews what is due, in one statement; returns how many leases that were.
 pub async fn pass(ctx: &Ctx) -> Result<usize, store::Error> {
-    // Before anything else after each wake: the process may have slept through its lease.
-    ctx.held.fence_off();
     let due = ctx.held.due();
     if due.is_empty() {
         return Ok(0);
     }
     let sent = Boottime::now();
-    for lease in &due {
-        if let Some(held) = ctx.held.lock().get_mut(&lease.run_id) {
-            held.sent = sent;
-        }
-    }
     let renewals = ctx.lease_db.with(async |connection| renew(connection, &due).await).await?;
     for (lease, renewal) in due.iter().zip(renewals) {
         let mut leases = ctx.held.lock();

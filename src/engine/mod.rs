@@ -24,6 +24,9 @@ use heartbeat::Held;
 /// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
 const POLL: Duration = Duration::from_millis(500);
 
+/// How often leases are looked at for running out; well within the margin they leave.
+const FENCE_TICK: Duration = Duration::from_millis(200);
+
 /// What the parts of a worker share.
 #[derive(Clone)]
 pub struct Ctx {
@@ -80,12 +83,26 @@ pub async fn dispatch(ctx: Ctx) {
 /// Renews leases until `stop`.
 pub async fn renew(ctx: Ctx, stop: CancellationToken) {
     loop {
-        if let Err(error) = heartbeat::pass(&ctx).await {
+        let failed = heartbeat::pass(&ctx).await.err();
+        if let Some(error) = &failed {
             tracing::warn!(%error, leases = ctx.held.len(), "can't renew leases; trying again");
         }
         tokio::select! {
             () = stop.cancelled() => return,
-            () = ctx.held.until_due() => {}
+            () = sleep(jittered(POLL)), if failed.is_some() => {}
+            () = ctx.held.until_due(), if failed.is_none() => {}
+        }
+    }
+}
+
+/// Ends attempts whose lease is about to run out, until `stop`. Apart from the renewals, which may hang for longer than
+/// there is time; and by short sleeps, because the sleep of a suspended machine does not advance and the lease does.
+pub async fn fence_off(ctx: Ctx, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        ctx.held.fence_off();
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = sleep(FENCE_TICK) => {}
         }
     }
 }

@@ -4,7 +4,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Executor, Lease, Run};
+use crate::domain::{Lease, Run};
 
 /// What a worker asks for when it claims.
 #[derive(Clone, Debug)]
@@ -30,8 +30,8 @@ pub struct Claimed {
     pub lease: Lease,
     /// The run as it now is.
     pub run: Run,
-    /// What to execute.
-    pub executor: Executor,
+    /// What to execute, as it was stored: by another version perhaps, so it is read one by one.
+    pub executor: serde_json::Value,
 }
 
 /// Takes due runs, highest priority first. Runs that somebody else has locked are passed over, not waited for.
@@ -52,7 +52,7 @@ pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Re
         .map(|row| Claimed {
             lease: Lease { run_id: row.run.id, fence: row.run.fence, secret: Some(row.lease_secret) },
             run: row.run.0,
-            executor: row.executor.0,
+            executor: row.executor,
         })
         .collect())
 }

@@ -71,9 +71,11 @@ pub struct Limits {
 /// Runs one attempt to its end and says what became of it. Whatever goes wrong is an [`Outcome`] too.
 ///
 /// The log is sent in the order of arrival, in chunks of at most 16 KiB that end at line ends where possible, invalid
-/// UTF-8 and NUL replaced by U+FFFD; `System` is this executor speaking. While `log` is full the command waits on its pipe, when it is closed the
-/// log is discarded. The attempt ends early when `stop` holds a cause or the time limit passes, even while `log` is
-/// stuck. Must be called on a thread that lives as long as the command (a Tokio worker, not `spawn_blocking`).
+/// UTF-8 and NUL replaced by U+FFFD; `System` is this executor speaking. While `log` is full the command waits on its
+/// pipe, when it is closed the log is discarded. The attempt ends early when `stop` holds a cause or the time limit
+/// passes, even while `log` is stuck. Must be called on a thread that lives as long as the command (a Tokio worker, not
+/// `spawn_blocking`).
+///
 /// Dropping the future kills the command's process group at once, without waiting for it to be gone.
 pub async fn run(
     invocation: Invocation<'_>,

@@ -145,7 +145,7 @@ fn executable(file: PathBuf) -> Result<PathBuf, StartError> {
     }
 }
 
-/// Whether the kernel will take the file. In doubt yes: what cannot be read, and any format where `binfmt_misc` is used.
+/// Whether the kernel will take the file. In doubt yes: what cannot be read, or anything where `binfmt_misc` is in use.
 fn has_known_format(file: &Path) -> bool {
     let mut head = Vec::with_capacity(20);
     match File::open(file).map(|file| file.take(20).read_to_end(&mut head)) {

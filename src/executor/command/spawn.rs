@@ -162,7 +162,7 @@ fn keep_descriptors_private() {
         return;
     };
     for fd in open.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).filter(|fd| *fd > 2) {
-        // SAFETY: the number is not -1. It may be closed or reused meanwhile; the flag is right for whatever it is then.
+        // SAFETY: the number is not -1. Closed or reused meanwhile, the flag is right for what it is then.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
     }

@@ -40,7 +40,7 @@ recorded as (
     select id, 'queued', 'running', attempt, fence, worker
     from claimed
 )
-select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!", v.executor as "executor: Json<Executor>"
+select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!", v.executor
 from claimed c
 join workflow_revisions v on v.workflow_id = c.definition and v.revision = c.revision
 order by c.priority desc, c.available_at, c.id
