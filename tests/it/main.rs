@@ -9,6 +9,9 @@
 
 mod support;
 
+mod replicas;
 mod runs;
+mod shutdown;
 mod sqlx_data;
+mod storm;
 mod tidy;

@@ -4,6 +4,7 @@ pub mod database;
 pub mod plant;
 pub mod process;
 pub mod replica;
+pub mod scratch;
 
 use std::future::Future;
 use std::time::{Duration, Instant};
