@@ -22,8 +22,7 @@ pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
         // An attempt that ends wakes the dispatcher.
         return Ok(Report { claimed: 0, next: Next::Rest });
     }
-    let sent = Boottime::now();
-    let claimed = take(ctx, free).await?;
+    let (sent, claimed) = take(ctx, free).await?;
     let count = claimed.len();
     if ctx.draining.is_cancelled() {
         give_back(ctx, &claimed).await?;
@@ -38,7 +37,9 @@ pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
     Ok(Report { claimed: count, next: if count == free { Next::Again } else { Next::Rest } })
 }
 
-async fn take(ctx: &Ctx, free: usize) -> Result<Vec<Claimed>, store::Error> {
+/// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
+/// with the wait for that one taken off its lease.
+async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store::Error> {
     let executor_types = ["command".to_owned()];
     let request = Claim {
         worker: &ctx.name,
@@ -48,7 +49,7 @@ async fn take(ctx: &Ctx, free: usize) -> Result<Vec<Claimed>, store::Error> {
         timeout_seconds: i32::try_from(ctx.worker.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(ctx.worker.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),
     };
-    ctx.db.with(async |connection| claim(connection, &request).await).await
+    ctx.db.with(async |connection| Ok((Boottime::now(), claim(connection, &request).await?))).await
 }
 
 /// Gives back what was claimed while the replica began to stop.

@@ -143,8 +143,9 @@ pub async fn pass(ctx: &Ctx) -> Result<usize, store::Error> {
     if due.is_empty() {
         return Ok(0);
     }
-    let sent = Boottime::now();
-    let renewals = ctx.lease_db.with(async |connection| renew(connection, &due).await).await?;
+    // Sent when there is a connection, which after an outage may be seconds from now.
+    let (sent, renewals) =
+        ctx.lease_db.with(async |connection| Ok((Boottime::now(), renew(connection, &due).await?))).await?;
     for (lease, renewal) in due.iter().zip(renewals) {
         let mut leases = ctx.held.lock();
         // The attempt may have settled meanwhile, and the run may even be held anew.
