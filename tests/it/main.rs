@@ -9,6 +9,10 @@
 
 mod support;
 
+mod by_hand;
+mod commands;
+mod outage;
+mod printing;
 mod replicas;
 mod runs;
 mod shutdown;

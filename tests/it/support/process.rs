@@ -110,5 +110,11 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
+        if std::thread::panicking() {
+            // Why the test failed is often in here.
+            let lines: Vec<String> = self.lines.iter().collect();
+            let last = lines.len().saturating_sub(60);
+            eprintln!("--- the last lines of {}:\n{}", self.client.base, lines[last..].join("\n"));
+        }
     }
 }
