@@ -11,6 +11,7 @@ mod support;
 
 mod by_hand;
 mod commands;
+mod dev;
 mod outage;
 mod printing;
 mod replicas;
