@@ -140,29 +140,33 @@ async fn a_second_sigterm_hurries() {
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_that_wait_for_a_run_get_their_answer_when_the_replica_stops() {
     let (test, scratch) = (TestDb::new().await, Scratch::new());
-    let mut stopping = replica(&test, &[("SINGLETRACK_WORKERS", "0")]);
-    scratch.define(&stopping.client, "w", "true").await;
+    let mut stopping = replica(&test, &[("SINGLETRACK_DRAIN_TIMEOUT", "60s")]);
+    scratch.define(&stopping.client, "w", "until [ -e release ]; do sleep 0.05; done").await;
     let id = stopping.client.enqueue("w").await.run_id();
     let mut waiting = JoinSet::new();
     for _ in 0..20 {
         let request = stopping.client.request(Method::GET, &format!("/api/v1/runs/{id}"));
         waiting.spawn(Answer::of(request.header("Prefer", "wait=60")));
     }
-    // A statement of each is needed, or the stop might come before the request.
-    let seen = "select count(*) from pg_stat_activity where datname = current_database()
-                and application_name = 'singletrack' and query like '%from test_runs r where r.id%'";
+    // Of those that wait, one at least is seen to ask for its run again and again.
+    let asking = "select count(*) from pg_stat_activity where datname = current_database()
+                  and application_name = 'singletrack' and query like '%from test_runs r where r.id%'";
     eventually("they wait", SOON, || async {
-        let seen: i64 = sqlx::query_scalar(seen).fetch_one(&test.sql).await.unwrap();
-        (seen > 0).then_some(())
+        let asking: i64 = sqlx::query_scalar(asking).fetch_one(&test.sql).await.unwrap();
+        (asking > 0).then_some(())
     })
     .await;
+    assert!(waiting.try_join_next().is_none(), "nobody has an answer yet");
 
+    let asked = Instant::now();
     stopping.signal(Signal::TERM);
-    assert_eq!(stopping.ended(SOON).await, 0);
     for answer in waiting.join_all().await {
-        let answer = answer.expect("no connection was cut");
-        assert_eq!((answer.status, &answer.body["status"]), (200, &json!("queued")));
+        let answer = answer.unwrap();
+        assert_eq!((answer.status, &answer.body["finished_at"]), (200, &Value::Null), "{answer:?}");
     }
+    assert!(asked.elapsed() < SOON, "long before the run is over");
+    scratch.touch("release");
+    assert_eq!(stopping.ended(SOON).await, 0);
     test.check().await;
 }
 
