@@ -36,7 +36,8 @@ pub async fn run(test: &TestDb, workflow_id: &str, status: Status) -> Lease {
                                    finished_at, timeout_seconds, heartbeat_timeout_seconds)
             values ($1, $2, $2, 1, $3, 'command', 1, 'test',
                     case when $3 = 'scheduled' then now() end, now(),
-                    $4::int, case when $4 = 1 then nextval('run_fence') else 0 end, null, $5,
+                    $4::int, case when $4 = 1 then nextval('run_fence') else 0 end,
+                    case when $6 and $4 = 1 then currval('run_fence') end, $5,
                     case when $4 = 1 then 'planted' end, case when $4 = 1 then now() end,
                     case when $6 then now() end, 600, 60)
             returning *),
@@ -76,4 +77,32 @@ pub async fn silence(sql: &PgPool, run_id: Uuid, seconds: i32) {
 /// The run's status, as its row says it.
 pub async fn status(sql: &PgPool, run_id: Uuid) -> Status {
     sqlx::query_scalar("select status from test_runs where id = $1").bind(run_id).fetch_one(sql).await.unwrap()
+}
+
+/// How many runs are queued.
+pub async fn left(sql: &PgPool) -> i64 {
+    sqlx::query_scalar("select count(*) from test_runs where status = 'queued'").fetch_one(sql).await.unwrap()
+}
+
+/// Plants a running run whose worker may be silent for `timeout` seconds and has been for an hour. No reaper takes a run
+/// before the server itself has been up for that timeout, so that is waited for.
+pub async fn overdue(test: &TestDb, workflow_id: &str, timeout: i32) -> Lease {
+    let lease = run(test, workflow_id, Status::Running).await;
+    sqlx::query("update test_runs set heartbeat_timeout_seconds = $2, version = version + 1 where id = $1")
+        .bind(lease.run_id)
+        .bind(timeout)
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    silence(&test.sql, lease.run_id, 3600).await;
+    super::eventually("a server that is up for long enough", std::time::Duration::from_secs(60), async || {
+        let old: bool = sqlx::query_scalar("select pg_postmaster_start_time() + make_interval(secs => $1) < now()")
+            .bind(timeout)
+            .fetch_one(&test.sql)
+            .await
+            .unwrap();
+        old.then_some(())
+    })
+    .await;
+    lease
 }

@@ -1,0 +1,126 @@
+//! Calls of the store, and what they left behind: a test states only what it is about.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use singletrack::domain::{Lease, Outcome, Run, Verdict};
+use singletrack::store::claim::{Claim, Claimed, Renewal};
+use singletrack::store::enqueue::{Enqueued, Request};
+use singletrack::store::settle::Settled;
+use singletrack::store::{self, Db, claim, enqueue, settle};
+use sqlx::PgPool;
+use uuid::Uuid;
+
+use super::database::TestDb;
+use super::eventually;
+
+/// Longer than any wait of these tests, and only waited for when a promise is broken.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// A request for a run of `workflow`, under an id of its own.
+pub fn request(workflow: &str) -> Request {
+    Request {
+        id: Uuid::now_v7(),
+        workflow_id: workflow.parse().unwrap(),
+        input: None,
+        priority: None,
+        labels: Default::default(),
+        requested_by: "test".into(),
+    }
+}
+
+/// Sends one request.
+pub async fn send(db: &Db, request: &Request, repeated: bool) -> Result<Enqueued, store::Error> {
+    let requests = std::slice::from_ref(request);
+    let mut answers = db.with(async |connection| enqueue::enqueue(connection, requests, repeated).await).await?;
+    assert_eq!(answers.len(), 1);
+    Ok(answers.remove(0))
+}
+
+/// Enqueues a run of `workflow`, whose slot is free.
+pub async fn accepted(db: &Db, workflow: &str) -> Run {
+    match send(db, &request(workflow), false).await.unwrap() {
+        Enqueued::Accepted(run) => run,
+        other => panic!("{workflow}: {other:?}"),
+    }
+}
+
+/// Claims at most `limit` runs as worker `test`.
+pub async fn claim_some(db: &Db, limit: i64) -> Result<Vec<Claimed>, store::Error> {
+    let executor_types = ["command".to_owned()];
+    let request = Claim {
+        worker: "test",
+        queues: None,
+        executor_types: &executor_types,
+        limit,
+        timeout_seconds: 600,
+        heartbeat_timeout_seconds: 60,
+    };
+    db.with(async |connection| claim::claim(connection, &request).await).await
+}
+
+/// Claims the one run that is due.
+pub async fn claim_one(db: &Db) -> Lease {
+    let claimed = claim_some(db, 10).await.unwrap();
+    assert_eq!(claimed.len(), 1, "{claimed:?}");
+    claimed[0].lease
+}
+
+/// An outcome that is nothing but its verdict.
+pub fn outcome(verdict: Verdict) -> Outcome {
+    Outcome { verdict, reason: None, exit_code: None, output: None, error: None }
+}
+
+/// Settles one attempt as worker `test`.
+pub async fn settle_one(db: &Db, lease: Lease, verdict: Verdict) -> Settled {
+    let outcomes = [(lease, outcome(verdict))];
+    db.with(async |connection| settle::settle(connection, &outcomes, "test").await).await.unwrap()[0]
+}
+
+/// Renews leases.
+pub async fn renew(db: &Db, leases: &[Lease]) -> Vec<Renewal> {
+    db.with(async |connection| claim::renew(connection, leases).await).await.unwrap()
+}
+
+/// Gives one run back; whether it was taken.
+pub async fn release_one(db: &Db, lease: Lease) -> bool {
+    let released = db.with(async |connection| claim::release(connection, &[lease], "test").await).await.unwrap();
+    released == [lease.run_id]
+}
+
+/// The run's whole row.
+pub async fn row(sql: &PgPool, run_id: Uuid) -> Value {
+    sqlx::query_scalar("select to_jsonb(r) from test_runs r where id = $1").bind(run_id).fetch_one(sql).await.unwrap()
+}
+
+/// The run's events, oldest first.
+pub async fn events(sql: &PgPool, run_id: Uuid) -> Vec<Value> {
+    sqlx::query_scalar("select to_jsonb(e) from run_events e where run_id = $1 order by seq")
+        .bind(run_id)
+        .fetch_all(sql)
+        .await
+        .unwrap()
+}
+
+/// The run's settled attempts, oldest first.
+pub async fn attempts(sql: &PgPool, run_id: Uuid) -> Vec<Value> {
+    sqlx::query_scalar("select to_jsonb(a) from run_attempts a where run_id = $1 order by fence")
+        .bind(run_id)
+        .fetch_all(sql)
+        .await
+        .unwrap()
+}
+
+/// Waits until `statements` of this database wait for a lock: the interleaving a race needs, without a guess at its time.
+pub async fn until_blocked(test: &TestDb, statements: i64) {
+    eventually("a statement that waits for a lock", LIMIT, async || {
+        let waiting: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+        )
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+        (waiting == statements).then_some(())
+    })
+    .await
+}
