@@ -25,6 +25,26 @@ pub async fn settle(
     outcomes: &[(Lease, Outcome)],
     actor: &str,
 ) -> sqlx::Result<Vec<Settled>> {
+    let mut answers = attempt(connection, outcomes, actor).await?;
+    // What waited for somebody else's change of its run, perhaps for its own first record, was answered from before that
+    // change. A new statement sees it.
+    let unsure = |index: &usize| answers[*index] == Settled::Lost(Some(Status::Running));
+    let unsure: Vec<usize> = (0..outcomes.len()).filter(unsure).collect();
+    if !unsure.is_empty() {
+        let again: Vec<_> = unsure.iter().map(|&index| outcomes[index].clone()).collect();
+        for (index, answer) in unsure.into_iter().zip(attempt(connection, &again, actor).await?) {
+            answers[index] = answer;
+        }
+    }
+    Ok(answers)
+}
+
+/// One statement over all of `outcomes`.
+async fn attempt(
+    connection: &mut PgConnection,
+    outcomes: &[(Lease, Outcome)],
+    actor: &str,
+) -> sqlx::Result<Vec<Settled>> {
     let run_ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
     let fences: Vec<i64> = outcomes.iter().map(|(lease, _)| lease.fence).collect();
     let secrets: Vec<Option<Uuid>> = outcomes.iter().map(|(lease, _)| lease.secret).collect();
