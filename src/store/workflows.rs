@@ -41,22 +41,28 @@ pub async fn put(
     definition: &Definition,
     by: &str,
 ) -> sqlx::Result<Put> {
-    let row = sqlx::query_file!(
-        "src/store/sql/put_workflow.sql",
-        id.as_str(),
-        definition.executor.kind(),
-        serde_json::json!(definition.executor),
-        definition.timeout_seconds,
-        definition.heartbeat_timeout_seconds,
-        definition.start_within_seconds,
-        definition.priority,
-        definition.queue,
-        serde_json::json!(definition.labels),
-        by,
-    )
-    .fetch_one(connection)
-    .await?;
-    Ok(Put { revision: row.revision.0, created: row.created })
+    loop {
+        let row = sqlx::query_file!(
+            "src/store/sql/put_workflow.sql",
+            id.as_str(),
+            definition.executor.kind(),
+            serde_json::json!(definition.executor),
+            definition.timeout_seconds,
+            definition.heartbeat_timeout_seconds,
+            definition.start_within_seconds,
+            definition.priority,
+            definition.queue,
+            serde_json::json!(definition.labels),
+            by,
+        )
+        .fetch_optional(&mut *connection)
+        .await?;
+        // No row: another edit came in between, and a new statement sees it. Each further look means that somebody else got
+        // on, and the time limit of the caller ends them all.
+        if let Some(row) = row {
+            return Ok(Put { revision: row.revision.0, created: row.created });
+        }
+    }
 }
 
 /// The current revision of exactly this id.

@@ -3,7 +3,7 @@ with current as materialized (
     from workflows w
     join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
     where w.id = $1
-    for update of w -- two edits at once make two revisions, one after the other
+    for update of w -- two edits at once take turns
 ),
 same as materialized (
     select *
@@ -17,13 +17,25 @@ same as materialized (
       and queue = $8
       and labels = $9
 ),
-next as (
-    insert into workflows as w (id, revision)
+-- Where an edit was waited for, the revision it made can't be seen by this statement: no row comes out of it.
+made as (
+    insert into workflows (id, revision)
     select $1, 1
-    where not exists (select from same)
-    on conflict (id) do update
+    where not exists (select from current)
+    on conflict do nothing
+    returning id, revision
+),
+changed as (
+    update workflows w
     set revision = w.revision + 1, deleted_at = null, updated_at = now()
+    from current c
+    where w.id = c.workflow_id and not exists (select from same)
     returning w.id, w.revision
+),
+next as (
+    select id, revision from made
+    union all
+    select id, revision from changed
 ),
 written as (
     insert into workflow_revisions (workflow_id, revision, executor_type, executor, timeout_seconds,
