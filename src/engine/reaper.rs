@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use uuid::Uuid;
 
 use super::Next;
 use super::boottime::Boottime;
 use crate::config;
 use crate::domain::{Lease, Outcome, Verdict};
-use crate::store::reap::{Sealed, Sight, expire, seal, sight, sweep_leases};
+use crate::store::reap::{Sealed, Sight, expire, seal, sight, sweep_leases, unstarted};
 use crate::store::settle::{Settled, settle};
 use crate::store::{self, Db};
 
@@ -35,9 +36,9 @@ struct View {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// Runs that were ended because their worker fell silent, or did not end them in time.
-    pub ended: Vec<uuid::Uuid>,
+    pub ended: Vec<Uuid>,
     /// Runs that were skipped because nobody started them.
-    pub expired: Vec<uuid::Uuid>,
+    pub expired: Vec<Uuid>,
     /// Whether to look again at once.
     pub next: Next,
 }
@@ -61,11 +62,7 @@ impl Reaper {
         let limit = i64::try_from(BATCH).unwrap_or(i64::MAX);
         let sealed = self.db.with(async |connection| seal(connection, seen_since, limit).await).await?;
         let ended = self.end(&sealed).await?;
-        let within = self.start_within_seconds;
-        let expired = self.db.with(async |connection| expire(connection, within, limit).await).await?;
-        for run in &expired {
-            tracing::warn!(run.id = %run, "no worker started it in time: skipped");
-        }
+        let expired = self.expire(limit).await?;
         let swept = self.db.with(async |connection| sweep_leases(connection, limit).await).await?;
         let full = [sealed.len(), expired.len(), usize::try_from(swept).unwrap_or(BATCH)].contains(&BATCH);
         // Only a whole pass is a good one.
@@ -92,32 +89,29 @@ impl Reaper {
     }
 
     /// Settles what was sealed, down the same path as a worker's own finish.
-    async fn end(&self, sealed: &[Sealed]) -> Result<Vec<uuid::Uuid>, store::Error> {
+    async fn end(&self, sealed: &[Sealed]) -> Result<Vec<Uuid>, store::Error> {
         let outcomes: Vec<(Lease, Outcome)> = sealed.iter().map(|found| (found.lease, outcome(found))).collect();
-        let mut ended = match self.settle(&outcomes).await {
-            Ok(ended) => ended,
-            Err(error) => {
-                // One bad row must not keep the others.
-                tracing::warn!(%error, "a batch of stale runs was refused; taking them one by one");
-                let mut ended = Vec::new();
-                for one in outcomes.chunks(1) {
-                    match self.settle(one).await {
-                        Ok(id) => ended.extend(id),
-                        Err(error) => tracing::error!(%error, run.id = %one[0].0.run_id, "can't end this stale run"),
-                    }
-                }
-                ended
-            }
-        };
-        ended.sort();
-        Ok(ended)
+        together_or_apart(outcomes, |(lease, _)| lease.run_id, |outcomes| self.settle(outcomes)).await
     }
 
-    async fn settle(&self, outcomes: &[(Lease, Outcome)]) -> Result<Vec<uuid::Uuid>, store::Error> {
-        if outcomes.is_empty() {
-            return Ok(Vec::new());
+    /// Skips what nobody started.
+    async fn expire(&self, limit: i64) -> Result<Vec<Uuid>, store::Error> {
+        let within = self.start_within_seconds;
+        let found = self.db.with(async |connection| unstarted(connection, within, limit).await).await?;
+        together_or_apart(found, |run| *run, |runs| self.skip(runs)).await
+    }
+
+    async fn skip(&self, runs: Vec<Uuid>) -> Result<Vec<Uuid>, store::Error> {
+        let within = self.start_within_seconds;
+        let skipped = self.db.with(async |connection| expire(connection, within, &runs).await).await?;
+        for run in &skipped {
+            tracing::warn!(run.id = %run, "no worker started it in time: skipped");
         }
-        let settled = self.db.with(async |connection| settle(connection, outcomes, "reaper").await).await?;
+        Ok(skipped)
+    }
+
+    async fn settle(&self, outcomes: Vec<(Lease, Outcome)>) -> Result<Vec<Uuid>, store::Error> {
+        let settled = self.db.with(async |connection| settle(connection, &outcomes, "reaper").await).await?;
         let mut ended = Vec::new();
         for ((lease, outcome), settled) in outcomes.iter().zip(settled) {
             // Else its worker settled it first, which is as good.
@@ -129,6 +123,39 @@ impl Reaper {
         }
         Ok(ended)
     }
+}
+
+/// Does `work` for all of `items`, or for one by one where the database refuses them together: one bad row must not keep
+/// the others. Answers with the runs it was done for.
+async fn together_or_apart<T: Clone, Work: Future<Output = Result<Vec<Uuid>, store::Error>>>(
+    items: Vec<T>,
+    id: impl Fn(&T) -> Uuid,
+    work: impl Fn(Vec<T>) -> Work,
+) -> Result<Vec<Uuid>, store::Error> {
+    if items.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut done = Vec::new();
+    match work(items.clone()).await {
+        Ok(all) => done = all,
+        Err(error @ (store::Error::Refused(_) | store::Error::Busy(_))) => {
+            tracing::warn!(%error, "a batch was refused; taking it one by one");
+            for item in items {
+                let id = id(&item);
+                match work(vec![item]).await {
+                    Ok(one) => done.extend(one),
+                    Err(error @ (store::Error::Refused(_) | store::Error::Busy(_))) => {
+                        tracing::error!(%error, run.id = %id, "can't end this run");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        // The database is away: it would be so for each of them.
+        Err(error) => return Err(error),
+    }
+    done.sort();
+    Ok(done)
 }
 
 fn outcome(found: &Sealed) -> Outcome {

@@ -94,18 +94,44 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
         .collect())
 }
 
-/// Ends at most `limit` queued runs that stayed unstarted for longer than they may: `skipped`, reason `expired`.
-pub async fn expire(connection: &mut PgConnection, start_within_seconds: i32, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+/// Finds at most `limit` queued runs that stayed unstarted for longer than they may, for [`expire`].
+pub async fn unstarted(
+    connection: &mut PgConnection,
+    start_within_seconds: i32,
+    limit: i64,
+) -> sqlx::Result<Vec<Uuid>> {
+    sqlx::query_scalar!(
+        r#"
+        select r.id
+        from test_runs r
+        join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
+        where r.status = 'queued' and r.attempt = 0
+          and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
+        order by r.id
+        limit $2
+        "#,
+        start_within_seconds,
+        limit,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// Ends those of `run_ids` that are still unstarted for longer than they may: `skipped`, reason `expired`. Returns which.
+pub async fn expire(
+    connection: &mut PgConnection,
+    start_within_seconds: i32,
+    run_ids: &[Uuid],
+) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar!(
         r#"
         with overdue as materialized (
             select r.id, coalesce(v.start_within_seconds, $1) as start_within
             from test_runs r
             join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
-            where r.status = 'queued' and r.attempt = 0
+            where r.id = any($2::uuid[]) and r.status = 'queued' and r.attempt = 0
               and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
             order by r.id
-            limit $2
             for update of r skip locked
         ),
         expired as (
@@ -124,7 +150,7 @@ pub async fn expire(connection: &mut PgConnection, start_within_seconds: i32, li
         select id from expired
         "#,
         start_within_seconds,
-        limit,
+        run_ids,
     )
     .fetch_all(connection)
     .await

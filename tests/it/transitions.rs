@@ -91,7 +91,8 @@ async fn fire(test: &TestDb, event: Event, lease: Lease) -> bool {
         Event::Release => release_one(&test.db, lease).await,
         Event::Settle(verdict) => matches!(settle_one(&test.db, lease, verdict).await, Settled::Recorded(_)),
         Event::Expire => {
-            let expired = test.db.with(async |connection| reap::expire(connection, 0, 100).await).await.unwrap();
+            let runs = [lease.run_id];
+            let expired = test.db.with(async |connection| reap::expire(connection, 0, &runs).await).await.unwrap();
             expired.contains(&lease.run_id)
         }
         Event::Cancel => {
