@@ -129,6 +129,8 @@ pub fn transition(from: Status, cancel_requested: bool, event: Event) -> Transit
     use Transition::*;
     match (from, event) {
         (Queued, Claim) => To(Running),
+        // What was never started has nothing to stop.
+        (Running, Release) if cancel_requested => To(Cancelled),
         (Running, Release) => To(Queued),
         // A success that is committed first stands; any other end of a run that was to be cancelled is its cancellation.
         (Running, Settle(Verdict::Succeeded)) => To(Succeeded),

@@ -116,7 +116,8 @@ pub async fn renew(connection: &mut PgConnection, leases: &[Lease]) -> sqlx::Res
         .collect())
 }
 
-/// Gives back runs that were claimed and not started: they are queued again, and the attempt does not count.
+/// Gives back runs that were claimed and not started: they are queued again, and the attempt does not count. One whose end
+/// was asked for meanwhile is cancelled instead: nobody is to start it any more.
 /// Returns those that were; for the others the lease is lost.
 pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &str) -> sqlx::Result<Vec<Uuid>> {
     let (run_ids, fences, secrets) = columns(leases);
@@ -135,11 +136,14 @@ pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &st
         ),
         released as (
             update test_runs r
-            set status = 'queued', attempt = r.attempt - 1, settled_fence = r.fence, lease_secret = null, worker = null,
+            set status = case when h.cancel_requested_at is null then 'queued' else 'cancelled' end,
+                reason = case when h.cancel_requested_at is not null then 'requested' end,
+                finished_at = case when h.cancel_requested_at is not null then now() end,
+                attempt = r.attempt - 1, settled_fence = r.fence, lease_secret = null, worker = null,
                 started_at = null, version = r.version + 1
             from held h
             where r.id = h.id and r.status = 'running' and r.fence = h.fence
-            returning r.id
+            returning r.id, r.status, r.reason
         ),
         attempted as (
             insert into run_attempts (run_id, fence, attempt, status, worker, started_at, finished_at)
@@ -149,7 +153,7 @@ pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &st
         ),
         recorded as (
             insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
-            select h.id, 'running', 'queued', h.attempt - 1, h.fence, $4, 'released'
+            select h.id, 'running', n.status, h.attempt - 1, h.fence, $4, coalesce(n.reason, 'released')
             from released n
             join held h on h.id = n.id
         )
