@@ -11,11 +11,14 @@ mod support;
 
 mod by_hand;
 mod commands;
+mod definitions;
 mod dev;
 mod guards;
+mod leases;
 mod outage;
 mod printing;
 mod races;
+mod reaper;
 mod replicas;
 mod runs;
 mod schema;
