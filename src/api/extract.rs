@@ -11,9 +11,10 @@ use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Req
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
 use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
 
 use super::problem::{Place, Problem};
-use crate::domain::text::pointer_to_nul;
+use crate::domain::text::{escaped, pointer_to_nul};
 
 /// A body of JSON. An empty body with the right content type is `{}`.
 pub(super) struct Json<T>(pub(super) T);
@@ -55,10 +56,32 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     if let Some(pointer) = pointer_to_nul(&value) {
         return Err(in_body(pointer, "has a NUL character (\\u0000), which Postgres can't hold: leave it out".into()));
     }
+    if !value.is_object() {
+        // Else its entries would be taken for the fields in their order.
+        return Err(in_body(String::new(), "must be a JSON object".into()));
+    }
     serde_path_to_error::deserialize(value).map_err(|error| {
-        let pointer: String = error.path().iter().map(|part| format!("/{part}")).collect();
-        in_body(pointer, error.inner().to_string())
+        let mut pointer: String = error.path().iter().map(reference).collect();
+        let detail = error.inner().to_string();
+        // Where a member is not known, some readers stop at it and some after all of them.
+        let unknown = detail.strip_prefix("unknown field `").and_then(|rest| rest.split_once('`'));
+        if let Some(step) =
+            unknown.map(|(name, _)| format!("/{}", escaped(name))).filter(|step| !pointer.ends_with(step))
+        {
+            pointer.push_str(&step);
+        }
+        in_body(pointer, detail)
     })
+}
+
+/// A step into a body, as a JSON pointer has it.
+fn reference(step: &Segment) -> String {
+    match step {
+        Segment::Seq { index } => format!("/{index}"),
+        Segment::Map { key } => format!("/{}", escaped(key)),
+        // The name of an enum's variant stands nowhere in the body as a step.
+        Segment::Enum { .. } | Segment::Unknown => String::new(),
+    }
 }
 
 /// The one parameter of the path, parsed.

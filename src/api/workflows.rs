@@ -68,8 +68,9 @@ pub(super) async fn put(
     refuse_headers(&headers, &["if-match", "if-none-match"])?;
     let mut mistakes = definition.mistakes();
     let shortest = api.facts.shortest_heartbeat_timeout;
-    if definition.heartbeat_timeout_seconds.is_some_and(|seconds| i64::from(seconds) < shortest.as_secs().cast_signed())
-    {
+    // What is out of every range was said already.
+    let too_short = |seconds| seconds > 0 && i64::from(seconds) < shortest.as_secs().cast_signed();
+    if definition.heartbeat_timeout_seconds.is_some_and(too_short) {
         let detail = format!("must be at least {} s, for the kill grace and a margin", shortest.as_secs());
         mistakes.push(("/heartbeat_timeout_seconds".into(), detail));
     }

@@ -10,7 +10,7 @@ pub fn pointer_to_nul(value: &Value) -> Option<String> {
             items.iter().enumerate().find_map(|(index, item)| Some(format!("/{index}{}", pointer_to_nul(item)?)))
         }
         Value::Object(members) => members.iter().find_map(|(key, item)| {
-            let name = key.replace('~', "~0").replace('/', "~1").replace('\0', "\u{fffd}");
+            let name = escaped(key).replace('\0', "\u{fffd}");
             if key.contains('\0') {
                 return Some(format!("/{name}"));
             }
@@ -18,4 +18,9 @@ pub fn pointer_to_nul(value: &Value) -> Option<String> {
         }),
         _ => None,
     }
+}
+
+/// A member's name as a step of a JSON pointer (RFC 6901).
+pub fn escaped(name: &str) -> String {
+    name.replace('~', "~0").replace('/', "~1")
 }

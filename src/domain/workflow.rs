@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// A workflow id, or an instance of one (`deploy@prod`); each has its own slot. Can only be made by parsing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -119,7 +120,7 @@ fn default_queue() -> String {
 }
 
 /// What runs a workflow, chosen by `type`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Executor {
     /// A process of the worker's host.
@@ -138,18 +139,68 @@ impl Executor {
 /// A process of the worker's host. It gets the run's input as JSON on standard input; of the environment PATH, HOME,
 /// LANG, TMPDIR, its own `env` and `SINGLETRACK_RUN_ID`, `_WORKFLOW_ID`, `_ATTEMPT`, `_FENCE`. Exit code 0 succeeds; a JSON
 /// object as the last line of standard output becomes the run's `output`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct Command {
     /// Program and arguments. No shell is involved: use `["sh", "-c", "..."]` for one.
     #[schema(min_items = 1, example = json!(["npm", "test"]))]
     pub argv: Vec<String>,
     /// The folder it runs in, as an absolute path. Without it the folder the service was started in.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
     /// Variables added to its environment.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub env: BTreeMap<String, String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    Command,
+}
+
+/// Read member by member: derived, a tagged enum is read into a buffer first, and where in it a mistake is gets lost.
+impl<'de> Deserialize<'de> for Executor {
+    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
+        input.deserialize_map(ExecutorVisitor)
+    }
+}
+
+struct ExecutorVisitor;
+
+impl<'de> Visitor<'de> for ExecutorVisitor {
+    type Value = Executor;
+
+    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("an object with a `type`")
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, mut members: M) -> Result<Executor, M::Error> {
+        let (mut kind, mut argv, mut cwd, mut env, mut unknown) = (None, None, None, None, None);
+        while let Some(name) = members.next_key::<String>()? {
+            match name.as_str() {
+                "type" => kind = Some(members.next_value()?),
+                "argv" => argv = Some(members.next_value()?),
+                "cwd" => cwd = members.next_value()?,
+                "env" => env = Some(members.next_value()?),
+                _ => {
+                    members.next_value::<IgnoredAny>()?;
+                    unknown.get_or_insert(name);
+                }
+            }
+        }
+        // The type first: where it is not known, its members can't be either.
+        let kind = kind.ok_or_else(|| M::Error::missing_field("type"))?;
+        if let Some(name) = unknown {
+            return Err(M::Error::unknown_field(&name, &["type", "argv", "cwd", "env"]));
+        }
+        match kind {
+            Kind::Command => Ok(Executor::Command(Command {
+                argv: argv.ok_or_else(|| M::Error::missing_field("argv"))?,
+                cwd,
+                env: env.unwrap_or_default(),
+            })),
+        }
+    }
 }
 
 impl Definition {
