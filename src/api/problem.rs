@@ -204,6 +204,16 @@ impl Problem {
     }
 
     fn unavailable(error: &store::Error) -> Self {
+        if let store::Error::Busy(_) = error {
+            return Self {
+                retry_after: Some(2),
+                for_the_log: Some(error.to_string().into()),
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "database-busy", "The database is too busy for this")
+                    .with_detail(
+                        "Somebody holds a lock that this needs, or the server has no room. Nothing was changed.",
+                    )
+            };
+        }
         Self {
             retry_after: Some(2),
             for_the_log: Some(error.to_string().into()),
