@@ -96,6 +96,25 @@ impl Answer {
         assert_eq!(self.headers["content-type"], "application/problem+json", "{self:?}");
         self.body["type"].as_str().unwrap().strip_prefix("urn:singletrack:problem:").unwrap()
     }
+
+    /// Where a request that was refused as 422 is wrong: `pointer /priority`, `parameter limit`, `header Prefer`.
+    pub fn mistakes(&self) -> Vec<String> {
+        assert_eq!((self.status, self.cause()), (422, "invalid-request"), "{self:?}");
+        let place = |error: &Value| {
+            let named = ["pointer", "parameter", "header"].map(|kind| (kind, error[kind].as_str()));
+            let (kind, name) = named.into_iter().find(|(_, name)| name.is_some()).unwrap();
+            assert!(error["detail"].as_str().is_some_and(|detail| !detail.is_empty()), "{error}");
+            format!("{kind} {}", name.unwrap())
+        };
+        self.body["errors"].as_array().unwrap().iter().map(place).collect()
+    }
+
+    /// The names of the members of the body, in alphabetical order.
+    pub fn names(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = self.body.as_object().unwrap().keys().map(String::as_str).collect();
+        names.sort_unstable();
+        names
+    }
 }
 
 impl Client {
