@@ -3,7 +3,15 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use singletrack::cli::{self, Cli};
 
 fn main() -> ExitCode {
-    singletrack::cli::run(singletrack::cli::Cli::parse())
+    match Cli::try_parse() {
+        Ok(cli) => cli::run(cli),
+        Err(answer) => {
+            // Help and version are no mistakes, and go to standard output. Where nobody reads it, nothing is left to say.
+            let _ = answer.print();
+            if answer.use_stderr() { ExitCode::from(cli::USAGE) } else { ExitCode::SUCCESS }
+        }
+    }
 }

@@ -11,8 +11,8 @@ use crate::config::{Config, Settings};
 use crate::dev::{self, Postgres};
 use crate::telemetry;
 
-/// Exit code for wrong settings, as in sysexits.h.
-const USAGE: u8 = 64;
+/// Exit code for wrong settings and command lines, as in sysexits.h.
+pub const USAGE: u8 = 64;
 
 /// Runs each workflow at most once at a time.
 #[derive(Debug, Parser)]
