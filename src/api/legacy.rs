@@ -3,6 +3,7 @@
 
 use axum::Json;
 use axum::body::Bytes;
+use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
@@ -63,7 +64,8 @@ impl Refusal {
 ///
 /// The policy is always `reject`.
 #[utoipa::path(
-    post, path = "/api/workflow/test-run", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/workflow/test-run", operation_id = "start_test_run",
+    tag = TAG, security((), ("api_key" = ["enqueue"])),
     request_body = Start,
     responses((status = 202, body = Started), (status = 400, body = Refusal, description = "`workflow_id` is missing"),
               (status = 404, body = Refusal), (status = 409, body = Refusal, description = "`scriptRunId` is in progress"),
@@ -72,7 +74,7 @@ pub(super) async fn start(
     State(api): State<Api>,
     Actor(requested_by): Actor,
     headers: HeaderMap,
-    body: Result<Bytes, axum::extract::rejection::BytesRejection>,
+    body: Result<Bytes, BytesRejection>,
 ) -> Response {
     // JSON by name only: a web form must not be able to start anything.
     let body = body.ok().filter(|_| is_json(&headers)).unwrap_or_default();
@@ -150,12 +152,13 @@ pub(super) struct ScriptRun {
 
 /// One run, as the replaced server showed it
 #[utoipa::path(
-    get, path = "/api/script-run/{id}", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/script-run/{id}", operation_id = "get_script_run",
+    tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = String, Path, description = "Run id")),
     responses((status = 200, body = ScriptRun), (status = 404, body = Refusal), (status = 500, body = Refusal),
               (status = 503, body = Refusal)))]
-pub(super) async fn get(State(db): State<Db>, Path(id): Path<String>) -> Response {
-    let Ok(id) = id.parse::<Uuid>() else {
+pub(super) async fn get(State(db): State<Db>, id: Result<Path<Uuid>, PathRejection>) -> Response {
+    let Ok(Path(id)) = id else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Script run not found"))).into_response();
     };
     match read(&db, id).await {

@@ -1,8 +1,12 @@
 //! The OpenAPI document.
 
 use axum::Json;
-use utoipa::openapi::OpenApi;
+use utoipa::openapi::path::Operation;
+use utoipa::openapi::response::ResponseBuilder;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{Content, ContentBuilder, OpenApi, PathItem, Ref, RefOr};
+
+const PROBLEM_JSON: &str = "application/problem+json";
 
 /// The document of every route.
 pub fn document() -> OpenApi {
@@ -18,11 +22,49 @@ pub fn document() -> OpenApi {
     let mut bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
     bearer.description = Some("Not asked for by this version.".into());
     document.components.get_or_insert_default().add_security_scheme("api_key", SecurityScheme::Http(bearer));
+    for (path, item) in &mut document.paths.paths {
+        for operation in operations(item) {
+            if path.starts_with("/api/v1/") {
+                operation.responses.responses.insert("default".into(), any_other_problem());
+            }
+            say_problem_json(operation);
+        }
+    }
     document
 }
 
+fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+    [&mut item.get, &mut item.put, &mut item.post, &mut item.delete].into_iter().flatten()
+}
+
+/// What any request can meet before and beside its handler.
+fn any_other_problem() -> RefOr<utoipa::openapi::Response> {
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+    ResponseBuilder::new()
+        .description("403: a Host or Origin that is not the service's own. 500: it failed, and its log has the cause.")
+        .content(PROBLEM_JSON, content)
+        .build()
+        .into()
+}
+
+/// The routes' declarations say what the bodies are, and not under which media type problems are sent.
+fn say_problem_json(operation: &mut Operation) {
+    for response in operation.responses.responses.values_mut() {
+        let RefOr::T(response) = response else { continue };
+        let is_problem = |content: &RefOr<Content>| {
+            let RefOr::T(content) = content else { return false };
+            matches!(&content.schema, Some(RefOr::Ref(schema)) if schema.ref_location.ends_with("/Problem"))
+        };
+        if response.content.get("application/json").is_some_and(is_problem)
+            && let Some(content) = response.content.shift_remove("application/json")
+        {
+            response.content.insert(PROBLEM_JSON.into(), content);
+        }
+    }
+}
+
 /// This document
-#[utoipa::path(get, path = "/openapi.json", tag = "machines", security(()),
+#[utoipa::path(get, path = "/openapi.json", operation_id = "get_openapi", tag = "machines", security(()),
     responses((status = 200, body = Object, description = "OpenAPI 3.1")))]
 pub(super) async fn serve() -> Json<OpenApi> {
     Json(document())

@@ -70,7 +70,8 @@ impl NewRun {
 /// Takes the workflow's slot and answers 202 with the run, or 409 with the id of the run that has it. 202 is given after
 /// the commit. After 503 with a `run_id` the run may be there all the same.
 #[utoipa::path(
-    post, path = "/api/v1/workflows/{id}/runs", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/v1/workflows/{id}/runs", operation_id = "enqueue_run",
+    tag = TAG, security((), ("api_key" = ["enqueue"])),
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     request_body = NewRun,
@@ -174,7 +175,7 @@ fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
 ///
 /// Newest first, by `created_at` and `id`.
 #[utoipa::path(
-    get, path = "/api/v1/runs", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs", operation_id = "list_runs", tag = TAG, security((), ("api_key" = ["read"])),
     params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
            ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
            ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
@@ -198,7 +199,7 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
 ///
 /// How many runs are in each status, under the filters of the list.
 #[utoipa::path(
-    get, path = "/api/v1/runs/counts", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/counts", operation_id = "count_runs", tag = TAG, security((), ("api_key" = ["read"])),
     params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
            ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
            ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
@@ -224,7 +225,7 @@ pub(super) async fn counts(
 ///
 /// With `Prefer: wait=N` the answer is held until the run is final or N seconds (at most 60) are over.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}", operation_id = "get_run", tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = Uuid, Path, description = "Run id"),
            ("Prefer" = Option<String>, Header, description = "`wait=30`: hold the answer until the run is final",
             example = "wait=30")),
@@ -279,7 +280,8 @@ pub(super) struct Whole<T> {
 ///
 /// Oldest first; the open one last.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}/attempts", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}/attempts", operation_id = "list_attempts",
+    tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = Uuid, Path, description = "Run id")),
     responses((status = 200, body = Whole<Attempt>), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -293,7 +295,8 @@ pub(super) async fn attempts(State(db): State<Db>, Id(id): Id<Uuid>) -> Result<a
 ///
 /// Every change of its status, oldest first.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}/events", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}/events", operation_id = "list_events",
+    tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = Uuid, Path, description = "Run id"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
@@ -316,7 +319,7 @@ pub(super) async fn events(
 ///
 /// What its attempts printed, in the order in which it came.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}/logs", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}/logs", operation_id = "read_log", tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = Uuid, Path, description = "Run id"),
            ("attempt" = Option<i32>, Query, description = "Only this attempt"),
            ("limit" = Option<i64>, Query, description = "Pieces of text: 1 to 200; 50 without it"),

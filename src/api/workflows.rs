@@ -18,7 +18,7 @@ const TAG: &str = "workflows";
 ///
 /// The current revisions, newest workflow first.
 #[utoipa::path(
-    get, path = "/api/v1/workflows", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG, security((), ("api_key" = ["read"])),
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Revision>), (status = 400, body = Problem), (status = 422, body = Problem),
@@ -36,7 +36,8 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
 ///
 /// The current revision of exactly this id.
 #[utoipa::path(
-    get, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/workflows/{id}", operation_id = "get_workflow",
+    tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = String, Path, description = "Workflow id", example = "deploy")),
     responses((status = 200, body = Revision), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -50,7 +51,8 @@ pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<
 /// Makes the body its current revision. What says the same as the current one makes no new revision. Runs keep the
 /// revision they were enqueued with. Once defined, `{id}@name` can be run too: an instance with a slot of its own.
 #[utoipa::path(
-    put, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["admin"])),
+    put, path = "/api/v1/workflows/{id}", operation_id = "put_workflow",
+    tag = TAG, security((), ("api_key" = ["admin"])),
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     request_body = Definition,
@@ -91,7 +93,8 @@ pub(super) async fn put(
 /// Hides it; its history stays, and the id may come back as a next revision. Refused while a run of it, or of an instance
 /// that uses its definition, is not over.
 #[utoipa::path(
-    delete, path = "/api/v1/workflows/{id}", tag = TAG, security((), ("api_key" = ["admin"])),
+    delete, path = "/api/v1/workflows/{id}", operation_id = "delete_workflow",
+    tag = TAG, security((), ("api_key" = ["admin"])),
     params(("id" = String, Path, description = "Workflow id", example = "deploy")),
     responses((status = 204), (status = 404, body = Problem),
               (status = 409, body = Problem, description = "`workflow-in-use`, with `run_id`"),
@@ -119,7 +122,8 @@ pub(super) async fn delete(
 ///
 /// Newest first; those of a deleted workflow too.
 #[utoipa::path(
-    get, path = "/api/v1/workflows/{id}/revisions", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/workflows/{id}/revisions", operation_id = "list_revisions",
+    tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
