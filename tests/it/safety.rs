@@ -1,0 +1,200 @@
+//! The service can start commands, so nobody may use it unknowingly: web pages, other machines, whoever reads its output.
+
+use reqwest::Method;
+use singletrack::config::Settings;
+
+use crate::support::database::TestDb;
+use crate::support::plant;
+use crate::support::process::singletrack;
+use crate::support::replica::{Answer, Client, Replica, short_lease};
+
+/// One request to each kind of route: method, path, body.
+fn requests(run: &str) -> Vec<(Method, String, &'static str)> {
+    let definition = r#"{"executor": {"type": "command", "argv": ["true"]}}"#;
+    vec![
+        (Method::POST, "/api/v1/workflows/w@page/runs".into(), "{}"),
+        (Method::POST, "/api/workflow/test-run".into(), r#"{"workflow_id": "w@page"}"#),
+        (Method::PUT, "/api/v1/workflows/page".into(), definition),
+        (Method::DELETE, "/api/v1/workflows/unused".into(), ""),
+        (Method::GET, format!("/api/v1/runs/{run}"), ""),
+        (Method::GET, format!("/api/v1/runs/{run}/logs"), ""),
+        (Method::GET, format!("/api/script-run/{run}"), ""),
+        (Method::GET, "/api/v1/runs".into(), ""),
+        (Method::GET, "/livez".into(), ""),
+        (Method::GET, "/readyz".into(), ""),
+        (Method::GET, "/openapi.json".into(), ""),
+        (Method::GET, "/nowhere".into(), ""),
+        (Method::DELETE, "/api/v1/runs".into(), ""),
+        (Method::OPTIONS, "/api/v1/workflows/w@page/runs".into(), ""),
+    ]
+}
+
+async fn send(client: &Client, request: &(Method, String, &'static str), headers: &[(&str, &str)]) -> Answer {
+    let mut built =
+        client.request(request.0.clone(), &request.1).header("Content-Type", "application/json").body(request.2);
+    for (name, value) in headers {
+        built = built.header(*name, *value);
+    }
+    Answer::of(built).await.unwrap()
+}
+
+/// A replica with a workflow `w`, another one, and a run.
+async fn replica(settings: Settings) -> (TestDb, Replica, String) {
+    let test = TestDb::new().await;
+    plant::workflow(&test.sql, "w", &["true"]).await;
+    plant::workflow(&test.sql, "unused", &["true"]).await;
+    let replica = Replica::with(&test, Settings { workers: Some("0".into()), ..settings }).await;
+    let run = replica.client.enqueue("w").await.run_id().to_string();
+    (test, replica, run)
+}
+
+/// That there is one run and two workflows, as at the start.
+async fn assert_untouched(test: &TestDb) {
+    let counts: (i64, i64, i64) =
+        sqlx::query_as("select (select count(*) from test_runs), count(*), count(deleted_at) from workflows")
+            .fetch_one(&test.sql)
+            .await
+            .unwrap();
+    assert_eq!(counts, (1, 2, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_other_origins_and_other_names_are_refused_on_every_route() {
+    let (test, replica, run) = replica(short_lease()).await;
+    let (_, port) = replica.client.base.rsplit_once(':').unwrap();
+    let foreign_port = format!("http://127.0.0.1:{}", port.parse::<u16>().unwrap() ^ 1);
+    let secure = format!("https://127.0.0.1:{port}");
+    for request in requests(&run) {
+        for origin in ["http://evil.example", "null", "", &foreign_port, &secure, "http://localhost", "file://"] {
+            let refused = send(&replica.client, &request, &[("Origin", origin)]).await;
+            assert_eq!((refused.status, refused.cause()), (403, "origin-not-allowed"), "{request:?} {origin:?}");
+            assert!(!refused.headers.keys().any(|name| name.as_str().starts_with("access-control")), "{refused:?}");
+        }
+        let rebound = format!("evil.example:{port}");
+        for host in ["evil.example", &rebound, "127.0.0.1.evil.example", "192.168.0.1", "0.0.0.0"] {
+            let refused = send(&replica.client, &request, &[("Host", host)]).await;
+            assert_eq!((refused.status, refused.cause()), (403, "host-not-allowed"), "{request:?} {host}");
+        }
+    }
+    assert_untouched(&test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_form_can_send_starts_nothing() {
+    let (test, replica, run) = replica(short_lease()).await;
+    for (method, path, body) in requests(&run).into_iter().filter(|(_, _, body)| !body.is_empty()) {
+        for kind in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""] {
+            let request = replica.client.request(method.clone(), &path).header("Content-Type", kind).body(body);
+            let refused = Answer::of(request).await.unwrap();
+            assert!(matches!(refused.status, 400 | 415), "{path} {kind}: {refused:?}");
+        }
+    }
+    assert_untouched(&test).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_services_own_pages_and_names_are_let_in() {
+    let public = Some("https://runs.example.com/tests/".into());
+    let (_test, replica, run) = replica(Settings { public_url: public, ..short_lease() }).await;
+    let own = replica.client.base.clone();
+    let by_name = own.replace("127.0.0.1", "localhost");
+    let name = by_name.strip_prefix("http://").unwrap();
+    let path = (Method::GET, format!("/api/v1/runs/{run}"), "");
+    let good: [&[(&str, &str)]; 6] = [
+        &[],
+        &[("Origin", &own)],
+        &[("Origin", &by_name), ("Host", name)],
+        &[("Host", "[::1]")],
+        &[("Host", "runs.example.com")],
+        &[("Host", "runs.example.com"), ("Origin", "https://runs.example.com")],
+    ];
+    for headers in good {
+        assert_eq!(send(&replica.client, &path, headers).await.status, 200, "{headers:?}");
+    }
+    for origin in ["http://runs.example.com", "https://runs.example.com:8443", "https://runs.example.com.evil.example"]
+    {
+        assert_eq!(send(&replica.client, &path, &[("Origin", origin)]).await.status, 403, "{origin}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_method_is_405_with_the_right_ones_and_a_wrong_path_is_404_with_where_to_look() {
+    let (_test, replica, run) = replica(short_lease()).await;
+    let cases = [
+        (Method::DELETE, "/api/v1/runs".to_owned(), "GET,HEAD"),
+        (Method::POST, format!("/api/v1/runs/{run}"), "GET,HEAD"),
+        (Method::GET, "/api/v1/workflows/w/runs".into(), "POST"),
+        (Method::GET, "/api/workflow/test-run".into(), "POST"),
+        (Method::PATCH, "/api/v1/workflows/w".into(), "DELETE,GET,HEAD,PUT"),
+    ];
+    for (method, path, allowed) in cases {
+        let answer = send(&replica.client, &(method, path.clone(), "{}"), &[]).await;
+        assert_eq!((answer.status, answer.cause()), (405, "method-not-allowed"), "{path}: {answer:?}");
+        let mut methods: Vec<&str> = answer.headers["allow"].to_str().unwrap().split(',').map(str::trim).collect();
+        methods.sort_unstable();
+        assert_eq!(methods.join(","), allowed, "{path}");
+    }
+    for path in ["/nowhere", "/api/v1/run", "/api/v2/runs", "/api/v1/runs/", "/api/v1/workflows/w/run"] {
+        let answer = replica.client.get(path).await;
+        assert_eq!((answer.status, answer.cause()), (404, "not-found"), "{path}");
+        let detail = answer.body["detail"].as_str().unwrap();
+        assert!(detail.contains(path) && detail.contains("/openapi.json"), "{detail}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_has_an_id_to_find_it_in_the_log_by() {
+    let (_test, replica, run) = replica(short_lease()).await;
+    let mut seen = std::collections::BTreeSet::new();
+    for request in requests(&run) {
+        for headers in [&[][..], &[("Origin", "http://evil.example")][..]] {
+            let answer = send(&replica.client, &request, headers).await;
+            let id = answer.headers.get("x-request-id").unwrap_or_else(|| panic!("{request:?}: {answer:?}"));
+            assert!(seen.insert(id.to_str().unwrap().to_owned()), "given twice");
+        }
+    }
+    let named = send(&replica.client, &(Method::GET, "/livez".into(), ""), &[("X-Request-Id", "mine-1")]).await;
+    assert_eq!(named.headers["x-request-id"], "mine-1", "a proxy's own is kept");
+}
+
+#[test]
+fn it_listens_on_loopback_only() {
+    for address in ["0.0.0.0:7410", "[::]:7410", "192.168.1.2:7410", "8.8.8.8:80", "[::ffff:10.0.0.1]:80"] {
+        let settings = Settings { listen: Some(address.into()), ..Settings::default() };
+        let refused = settings.resolve(None).unwrap_err().to_string();
+        assert!(refused.starts_with("SINGLETRACK_LISTEN: ") && refused.contains("other machines"), "{refused}");
+    }
+    for address in ["127.0.0.1:0", "127.1.2.3:80", "[::1]:7410", "localhost:7410"] {
+        let settings = Settings { listen: Some(address.into()), ..Settings::default() };
+        assert!(settings.resolve(None).unwrap().listen.ip().is_loopback(), "{address}");
+    }
+}
+
+#[test]
+fn a_password_is_printed_nowhere() {
+    // Nobody listens on port 1 of loopback.
+    let urls = [
+        (
+            "postgres://me:s3cret@127.0.0.1:1/db?password=s3cret&sslmode=disable",
+            "postgres://me:***@127.0.0.1:1/db?password=***&sslmode=disable",
+        ),
+        ("postgres://me@127.0.0.1:1/db", "postgres://me@127.0.0.1:1/db"),
+        ("postgresql://127.0.0.1:1", "postgresql://127.0.0.1:1"),
+    ];
+    for (url, shown) in urls {
+        let output = singletrack(&["serve", "--print-config"]).env("DATABASE_URL", url).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains(&format!("DATABASE_URL={shown}\n")) && !text.contains("s3cret"), "{text}");
+    }
+    let failing =
+        [urls[0].0, "postgres://me:s3cret@host:port/db", "mysql://me:s3cret@host/db", "postgres://me:s3c#ret@[/db"];
+    for url in failing {
+        let serve =
+            singletrack(&["serve"]).env("DATABASE_URL", url).env("SINGLETRACK_LISTEN", "127.0.0.1:0").output().unwrap();
+        assert!(!serve.status.success());
+        let said = format!("{}{}", String::from_utf8_lossy(&serve.stdout), String::from_utf8_lossy(&serve.stderr));
+        assert!(!said.contains("s3c") && !said.is_empty(), "{said}");
+    }
+    let config = Settings::default().resolve(Some(urls[0].0.to_owned())).unwrap();
+    assert!(!format!("{config:?}").contains("s3cret"), "{config:?}");
+}
