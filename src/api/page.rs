@@ -37,10 +37,12 @@ struct Cursor<P>(u64, P);
 impl<P: Serialize + DeserializeOwned> Wanted<P> {
     /// Takes `limit` and `cursor`. `list` is what the list is, with its filters.
     pub(super) fn take(params: &mut Params, list: &impl Hash) -> Result<Self, Problem> {
-        let limit = params.one("limit")?.unwrap_or(50);
-        if !(1..=MOST).contains(&limit) {
-            return Err(Problem::invalid_at(Place::Parameter("limit".into()), format!("must be 1 to {MOST}")));
-        }
+        let limit = match params.one::<String>("limit")? {
+            None => 50,
+            Some(text) => text.parse().ok().filter(|limit| (1..=MOST).contains(limit)).ok_or_else(|| {
+                Problem::invalid_at(Place::Parameter("limit".into()), format!("must be a number from 1 to {MOST}"))
+            })?,
+        };
         let mut hasher = DefaultHasher::new();
         list.hash(&mut hasher);
         let mark = hasher.finish();

@@ -256,7 +256,13 @@ impl Place {
 
 impl From<store::Error> for Problem {
     fn from(error: store::Error) -> Self {
-        if error.is_passing() { Self::unavailable(&error) } else { Self::internal(error.to_string()) }
+        if error.is_passing() {
+            Self::unavailable(&error)
+        } else if error.is_bad_value() {
+            Self::invalid(Vec::new()).with_detail("A value is out of the range that the database can hold.")
+        } else {
+            Self::internal(error.to_string())
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, Datelike as _, Utc};
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use uuid::Uuid;
@@ -150,6 +150,20 @@ impl FromStr for Label {
     }
 }
 
+/// A time, with a better word for what is wrong than the parser has.
+struct Time(DateTime<Utc>);
+
+impl FromStr for Time {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |_| format!("`{text}` is not a time such as 2026-01-31T08:00:00Z; in a query, write + as %2B");
+        let time: DateTime<Utc> = text.parse().map_err(wrong)?;
+        // Postgres begins earlier and RFC 3339 ends there.
+        if (1..=9999).contains(&time.year()) { Ok(Self(time)) } else { Err("must be in the years 1 to 9999".into()) }
+    }
+}
+
 const FILTERS: [&str; 7] = ["workflow_id", "definition", "status", "queue", "label", "since", "until"];
 
 fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
@@ -166,8 +180,8 @@ fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
         statuses,
         queue: params.one("queue")?,
         labels: params.all::<Label>("label")?.into_iter().map(|Label(name, value)| (name, value)).collect(),
-        since: params.one("since")?,
-        until: params.one("until")?,
+        since: params.one::<Time>("since")?.map(|Time(at)| at),
+        until: params.one::<Time>("until")?.map(|Time(at)| at),
     })
 }
 
@@ -315,6 +329,17 @@ pub(super) async fn events(
     Ok(axum::Json(wanted.page(rows, |event| event.seq)))
 }
 
+/// A number, with a better word for what is wrong than the parser has.
+struct Number(i32);
+
+impl FromStr for Number {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.parse().map(Self).map_err(|_| format!("`{text}` is not a number"))
+    }
+}
+
 /// Log of a run
 ///
 /// What its attempts printed, in the order in which it came.
@@ -331,7 +356,7 @@ pub(super) async fn logs(
     Id(id): Id<Uuid>,
     mut params: Params,
 ) -> Result<axum::Json<Page<LogEntry>>, Problem> {
-    let attempt: Option<i32> = params.one("attempt")?;
+    let attempt = params.one::<Number>("attempt")?.map(|Number(attempt)| attempt);
     let wanted = Wanted::<(i64, i64)>::take(&mut params, &("logs", id, attempt))?;
     params.finish(&["attempt", "limit", "cursor"])?;
     read(&db, id).await?;

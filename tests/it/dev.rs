@@ -81,7 +81,9 @@ fn processes_of(folder: &Path) -> Vec<i32> {
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let named = |pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&line).contains(folder.to_str().unwrap())
+        // Whole names: another test's folder may begin as this one does.
+        let inside = format!("{}/", folder.display());
+        String::from_utf8_lossy(&line).split('\0').any(|part| format!("{part}/").contains(&inside))
     };
     pids.filter(named).collect()
 }

@@ -7,7 +7,6 @@ use singletrack::store::claim::{self, Renewal};
 use singletrack::store::reap::{Sealed, seal};
 use singletrack::store::settle::{self, Settled};
 use sqlx::PgConnection;
-use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::support::calls::{attempts, claim_one, events, outcome, release_one, renew, row, settle_one, until_blocked};
@@ -158,13 +157,6 @@ async fn seal_all(connection: &mut PgConnection) -> Vec<Sealed> {
     seal(connection, DateTime::<Utc>::UNIX_EPOCH, 100).await.unwrap()
 }
 
-async fn renew_and_block(test: &TestDb, lease: Lease) -> JoinHandle<Vec<Renewal>> {
-    let db = test.db.clone();
-    let renewal = tokio::spawn(async move { renew(&db, &[lease]).await });
-    until_blocked(test, 1).await;
-    renewal
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renewal_that_is_under_way_while_the_reaper_shuts_it_out_is_lost() {
     let test = TestDb::new().await;
@@ -176,10 +168,20 @@ async fn a_renewal_that_is_under_way_while_the_reaper_shuts_it_out_is_lost() {
         let mut reaper = test.sql.begin().await.unwrap();
         let sealed = seal_all(&mut reaper).await;
         assert!(sealed.iter().any(|sealed| sealed.lease.run_id == lease.run_id && sealed.silent), "{sealed:?}");
-        // Under way: it has read the run as running, and waits for the row of its lease.
-        let renewal = renew_and_block(&test, lease).await;
-        reaper.commit().await.unwrap();
-        assert_eq!(renewal.await.unwrap(), [Renewal::Lost]);
+        // Under way: it reads the run as running, and finds the row of its lease in the reaper's hands. Where there was no
+        // row before, it waits for the reaper's.
+        let renewal = tokio::spawn({
+            let db = test.db.clone();
+            async move { renew(&db, &[lease]).await }
+        });
+        if lease == never_renewed {
+            until_blocked(&test, 1).await;
+            reaper.commit().await.unwrap();
+            assert_eq!(renewal.await.unwrap(), [Renewal::Busy]);
+        } else {
+            assert_eq!(renewal.await.unwrap(), [Renewal::Busy]);
+            reaper.commit().await.unwrap();
+        }
         assert_eq!(renew(&test.db, &[lease]).await, [Renewal::Lost], "sealed is sealed");
         // Its reaper died before it could settle: the next one finds the run again.
         let again = test.db.with(async |connection| Ok(seal_all(connection).await)).await.unwrap();

@@ -11,6 +11,7 @@ mod support;
 
 mod by_hand;
 mod commands;
+mod crowds;
 mod definitions;
 mod dev;
 mod enqueue;
@@ -31,7 +32,6 @@ mod settings;
 mod shutdown;
 mod sqlx_data;
 mod storm;
-mod storms;
 mod tidy;
 mod transitions;
 mod views;

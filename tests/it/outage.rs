@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use singletrack::dev::Postgres;
 use tokio::task::{JoinSet, block_in_place};
 use uuid::Uuid;
 

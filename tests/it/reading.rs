@@ -232,6 +232,8 @@ async fn wrong_and_unknown_parameters_are_named() {
         for limit in ["0", "201", "-1", "ten", "", "1&limit=2", "99999999999999999999"] {
             let answer = replica.client.get(&format!("/api/v1/{list}?limit={limit}")).await;
             assert_eq!(answer.mistakes(), ["parameter limit"], "{list} {limit}");
+            let detail = answer.body["detail"].as_str().unwrap();
+            assert!(detail.contains("1 to 200") || limit.contains('&'), "it says what would be right: {detail}");
         }
         let answer = replica.client.get(&format!("/api/v1/{list}?offset=3")).await;
         assert_eq!(answer.mistakes(), ["parameter offset"]);
@@ -255,6 +257,8 @@ async fn wrong_and_unknown_parameters_are_named() {
             assert_eq!(answer.mistakes(), [format!("parameter {name}")], "{query}");
         }
     }
+    let answer = replica.client.get("/api/v1/runs?since=2026-01-31T08:00:00+00:00").await;
+    assert!(answer.body["detail"].as_str().unwrap().contains("%2B"), "the commonest slip is explained: {answer:?}");
     assert_eq!(replica.client.get("/api/v1/runs/counts?limit=1").await.mistakes(), ["parameter limit"]);
     assert_eq!(
         replica.client.get(&format!("/api/v1/runs/{id}/logs?attempt=x")).await.mistakes(),

@@ -1,6 +1,7 @@
 //! One durable Postgres for the whole run, and a database of its own for each test, cloned from a migrated one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -13,12 +14,22 @@ const TEMPLATE: &str = "singletrack_template";
 
 /// Starts a Postgres of its own under `folder` of the build's temporary folder: for tests that stop and crash it.
 pub fn own_postgres(folder: &str) -> Postgres {
-    // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root.
-    let data_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
-    let bin_dir = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
+    let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
+    // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root. One per version,
+    // for no version starts on what another one left there.
+    let version = bin_dir.as_deref().map(version).unwrap_or_default();
+    let data_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(version).join(folder);
     let settings = [("max_connections", "300"), ("shared_buffers", "128MB")];
     let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
     Postgres::start(Options { data_dir, bin_dir, settings }).expect("a Postgres for the tests")
+}
+
+/// What the programs in a folder say they are: `pg18`.
+fn version(bin_dir: &Path) -> String {
+    let output = Command::new(bin_dir.join("postgres")).arg("--version").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (_, number) = text.split_once("(PostgreSQL) ").unwrap();
+    format!("pg{}", number.split(|c: char| !c.is_ascii_digit()).next().unwrap())
 }
 
 fn shared() -> MutexGuard<'static, Postgres> {
@@ -30,8 +41,6 @@ fn shared() -> MutexGuard<'static, Postgres> {
 pub struct TestDb {
     /// Its URL, for processes.
     pub url: String,
-    /// Its name.
-    pub name: String,
     /// For the test's own statements.
     pub sql: PgPool,
     /// For calls of the store.
@@ -48,7 +57,7 @@ impl TestDb {
         let admin = PgPool::connect(&url("postgres")).await.unwrap();
         create(&admin, &name, Some(TEMPLATE)).await;
         admin.close().await;
-        Self::at(url(&name), name)
+        Self::at(url(&name))
     }
 
     /// A migrated database on a Postgres of the test's own.
@@ -56,15 +65,15 @@ impl TestDb {
         let admin = PgPool::connect(&postgres.url("postgres")).await.unwrap();
         sqlx::query("drop database if exists test with (force)").execute(&admin).await.unwrap();
         create(&admin, "test", None).await;
-        let this = Self::at(postgres.url("test"), "test".into());
+        let this = Self::at(postgres.url("test"));
         migrate::migrate(&this.options()).await.unwrap();
         this
     }
 
-    fn at(url: String, name: String) -> Self {
+    fn at(url: String) -> Self {
         let options: PgConnectOptions = url.parse().unwrap();
         let sql = PgPoolOptions::new().max_connections(5).connect_lazy_with(options.clone());
-        Self { url, name, sql, db: Db::new(options, 10, LIMIT) }
+        Self { url, sql, db: Db::new(options, 10, LIMIT) }
     }
 
     /// How to connect.
