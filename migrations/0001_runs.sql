@@ -41,7 +41,8 @@ create table workflow_revisions (
     constraint workflow_revisions_heartbeat_timeout check (heartbeat_timeout_seconds > 0),
     constraint workflow_revisions_start_within check (start_within_seconds > 0),
     constraint workflow_revisions_priority check (priority between -100 and 100),
-    constraint workflow_revisions_labels check (jsonb_typeof(labels) = 'object')
+    constraint workflow_revisions_labels
+        check (jsonb_typeof(labels) = 'object' and not jsonb_path_exists(labels, '$.* ? (@.type() != "string")'))
 );
 comment on table workflow_revisions is 'What a workflow said at each revision. Rows are never changed: a run keeps the revision it was enqueued with.';
 comment on column workflow_revisions.workflow_id is 'The definition this is a revision of.';
@@ -102,7 +103,13 @@ create table test_runs (
         'scheduled', 'waiting', 'queued', 'running',
         'succeeded', 'failed', 'cancelled', 'timed_out', 'stale', 'skipped')),
     constraint test_runs_on_conflict_known check (on_conflict in ('reject', 'return_existing', 'wait', 'replace')),
-    constraint test_runs_labels_object check (jsonb_typeof(labels) = 'object'),
+    constraint test_runs_labels_object
+        check (jsonb_typeof(labels) = 'object' and not jsonb_path_exists(labels, '$.* ? (@.type() != "string")')),
+    -- What RFC 3339 can say: another time would make the row, and every list with it, unreadable over the API.
+    constraint test_runs_times_sayable check (
+        least(created_at, run_at, available_at, started_at, finished_at, cancel_requested_at) >= '1970-01-01 00:00:00+00'
+        and greatest(created_at, run_at, available_at, started_at, finished_at, cancel_requested_at)
+            < '10000-01-01 00:00:00+00'),
     constraint test_runs_priority_range check (priority between -100 and 100),
     constraint test_runs_attempt_range check (attempt >= 0 and max_attempts >= 1 and attempt <= max_attempts),
     constraint test_runs_limits_positive check (timeout_seconds > 0 and heartbeat_timeout_seconds > 0),
@@ -111,7 +118,13 @@ create table test_runs (
     constraint test_runs_running_has_lease check (status <> 'running' or (
         fence > 0 and lease_secret is not null and worker is not null and started_at is not null and attempt >= 1
         and timeout_seconds is not null and heartbeat_timeout_seconds is not null)),
-    constraint test_runs_lease_only_while_running check (status = 'running' or lease_secret is null),
+    -- Before its attempt it has no lease; after it the secret stays, so that a repeated finish is known again.
+    constraint test_runs_unstarted_without_lease check (
+        status not in ('scheduled', 'waiting', 'queued', 'skipped') or lease_secret is null),
+    constraint test_runs_unstarted_without_start check (attempt > 0 or started_at is null),
+    -- Else a claim would fail on it, and on all that it meant to take with it.
+    constraint test_runs_startable check (
+        status not in ('scheduled', 'waiting', 'queued') or attempt < max_attempts),
     constraint test_runs_unstarted_without_worker check (
         status not in ('scheduled', 'waiting', 'queued', 'skipped') or worker is null),
     constraint test_runs_ended_attempt_had_start check (
@@ -139,7 +152,7 @@ comment on column test_runs.on_conflict is 'What its enqueue asked for when the 
 comment on column test_runs.attempt is 'How many attempts have begun; 0 before the first.';
 comment on column test_runs.max_attempts is 'How many attempts it may have.';
 comment on column test_runs.fence is 'Number of the last claim; grows with every claim. 0 before the first. Whoever sees a larger one must refuse the smaller.';
-comment on column test_runs.lease_secret is 'Random part of the lease token of the running attempt. Not shown by the API.';
+comment on column test_runs.lease_secret is 'Random part of the lease token of the running attempt, or of the last one if its own worker settled it. Not shown by the API.';
 comment on column test_runs.settled_fence is 'The fence whose attempt was settled last. An UPDATE that leaves running must set it to fence.';
 comment on column test_runs.claim_id is 'The claim request that took it, so that a repeated request gets the same answer. Not shown by the API.';
 comment on column test_runs.worker is 'Who runs it, or ran its last attempt; null before the first start.';
@@ -172,6 +185,9 @@ create index test_runs_claimable on test_runs (priority desc, available_at, id) 
 -- The list, newest first; and one workflow's history, which claiming also asks for its previous finish.
 create index test_runs_newest on test_runs (created_at desc, id desc);
 create index test_runs_by_workflow on test_runs (workflow_id, created_at desc, id desc);
+
+-- Runs that hold no slot yet: few, and no other run has an entry here.
+create index test_runs_pending on test_runs (workflow_id) where status in ('scheduled', 'waiting');
 
 create table run_leases (
     run_id       uuid        not null,

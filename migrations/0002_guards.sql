@@ -10,10 +10,15 @@ begin
         raise exception 'run %: id and workflow_id never change', old.id
             using errcode = 'restrict_violation', constraint = 'test_runs_identity',
                   hint = 'End this run with select cancel_run(id) and enqueue a new one.';
-    elsif new.fence < old.fence then
-        raise exception 'run %: its fence is % and can''t go back to %', old.id, old.fence, new.fence
+    elsif new.fence < old.fence or (new.status = 'running' and old.status <> 'running' and new.fence = old.fence) then
+        raise exception 'run %: its fence is %, and the next can''t be %', old.id, old.fence, new.fence
             using errcode = 'restrict_violation', constraint = 'test_runs_fence_grows',
                   hint = 'A fence is given by a claim only. To free the slot: select force_release_run(id, reason).';
+    elsif old.status = 'running' and new.status = 'running' then
+        raise exception 'run % is running under fence %: its lease belongs to its worker', old.id, old.fence
+            using errcode = 'restrict_violation', constraint = 'test_runs_lease_stays',
+                  hint = 'To stop it: select cancel_run(id). To free the slot although its process may still run: '
+                      || 'select force_release_run(id, reason).';
     else
         raise exception 'run % is running under fence %: leaving running must name that lease', old.id, old.fence
             using errcode = 'restrict_violation', constraint = 'test_runs_settles_its_lease',
@@ -28,6 +33,10 @@ create trigger test_runs_refuse_change before update on test_runs for each row
     when (old.status in ('succeeded', 'failed', 'cancelled', 'timed_out', 'stale', 'skipped')
         or (old.status = 'running' and new.status <> 'running' and new.settled_fence is distinct from old.fence)
         or new.fence < old.fence
+        or (new.status = 'running' and old.status <> 'running' and new.fence = old.fence)
+        or (old.status = 'running' and new.status = 'running'
+            and (old.fence, old.lease_secret, old.worker, old.settled_fence)
+                is distinct from (new.fence, new.lease_secret, new.worker, new.settled_fence))
         or old.id <> new.id
         or old.workflow_id <> new.workflow_id)
     execute function refuse_run_change();
@@ -138,7 +147,8 @@ begin
     if run.status = 'running' then
         insert into run_attempts (run_id, fence, attempt, status, reason, worker, started_at, finished_at, error)
         values (run.id, run.fence, run.attempt, 'stale', 'forced', run.worker, run.started_at,
-                greatest(now(), run.started_at), force_release_run.reason);
+                greatest(now(), run.started_at), force_release_run.reason)
+        on conflict do nothing; -- a slot must come free, whatever was done to its run by hand
     end if;
     return 'released';
 end $$;

@@ -3,13 +3,13 @@
 create view active_runs as
 select r.id, r.workflow_id, r.status, r.reason, r.attempt, r.max_attempts, r.fence, r.worker, r.queue, r.priority,
        r.created_at, r.run_at, r.available_at, r.started_at, r.requested_by, r.cancel_requested_at,
-       case when r.status = 'running' then greatest(l.heartbeat_at, r.started_at) end as heartbeat_at,
+       case when r.status = 'running' then coalesce(l.heartbeat_at, r.started_at) end as heartbeat_at,
        case when r.status = 'running'
-            then greatest(l.heartbeat_at, r.started_at) + make_interval(secs => r.heartbeat_timeout_seconds)
+            then coalesce(l.heartbeat_at, r.started_at) + make_interval(secs => r.heartbeat_timeout_seconds)
        end as stale_at,
        now() - coalesce(r.started_at, r.created_at) as age
 from test_runs r
-left join run_leases l on l.run_id = r.id
+left join run_leases l on l.run_id = r.id and l.fence >= r.fence -- a smaller one is of an attempt before this
 where r.status in ('scheduled', 'waiting', 'queued', 'running');
 comment on view active_runs is 'Runs that are not final: who holds which slot, since when, and when its lease runs out.';
 comment on column active_runs.heartbeat_at is 'The last sign of life of a running run''s worker.';
@@ -47,6 +47,14 @@ from test_runs r
 where r.finished_at is not null
 group by r.workflow_id;
 comment on view workflow_stats is 'Per workflow, over all kept history.';
+comment on column workflow_stats.runs is 'Runs that are over.';
+comment on column workflow_stats.succeeded is 'Those that succeeded.';
+comment on column workflow_stats.failed is 'Those that failed.';
+comment on column workflow_stats.timed_out is 'Those that were stopped at their time limit.';
+comment on column workflow_stats.stale is 'Those whose worker was lost, or had to stop.';
+comment on column workflow_stats.cancelled is 'Those whose end was asked for.';
+comment on column workflow_stats.skipped is 'Those that were never started.';
+comment on column workflow_stats.last_finished_at is 'When the last one became final.';
 comment on column workflow_stats.success_rate is 'Succeeded runs by succeeded, failed, timed out and stale ones; null where there is none of them.';
 comment on column workflow_stats.p50_seconds is 'Median duration of the last attempt of succeeded runs, in seconds.';
 comment on column workflow_stats.p95_seconds is '95th percentile of the same, in seconds.';
@@ -104,14 +112,30 @@ where r.finished_at > now() - interval '24 hours'
   and not exists (select from run_attempts a where a.run_id = r.id and a.fence = r.settled_fence)
 union all
 select 'lease-overdue', r.workflow_id, r.id,
-       'silent for ' || date_trunc('second', now() - greatest(l.heartbeat_at, r.started_at)) || ', and no replica reaped it'
+       'silent for ' || date_trunc('second', now() - coalesce(l.heartbeat_at, r.started_at)) || ', and no replica reaped it'
 from test_runs r
-left join run_leases l on l.run_id = r.id
+left join run_leases l on l.run_id = r.id and l.fence >= r.fence
 where r.status = 'running'
-  and greatest(l.heartbeat_at, r.started_at, pg_postmaster_start_time())
+  and greatest(coalesce(l.heartbeat_at, r.started_at), pg_postmaster_start_time())
       + make_interval(secs => r.heartbeat_timeout_seconds) + interval '1 minute' < now();
 comment on view invariant_violations is 'What must never be: empty, or there is a bug or a superuser. Covers live runs and the last 24 hours.';
 comment on column invariant_violations.violation is 'Which promise is broken.';
 comment on column invariant_violations.workflow_id is 'The workflow.';
 comment on column invariant_violations.run_id is 'The run, where it is one.';
 comment on column invariant_violations.detail is 'What was found.';
+
+-- A column of a view that only passes on one of test_runs is described as that one is.
+do $$
+declare
+    passed_on record;
+begin
+    for passed_on in
+        select v.attrelid::regclass as view_name, v.attname as name, col_description(t.attrelid, t.attnum) as comment
+        from pg_attribute v
+        join pg_attribute t on t.attrelid = 'test_runs'::regclass and t.attname = v.attname
+        where v.attrelid in ('active_runs'::regclass, 'run_history'::regclass, 'workflow_stats'::regclass)
+          and col_description(v.attrelid, v.attnum) is null
+    loop
+        execute format('comment on column %s.%I is %L', passed_on.view_name, passed_on.name, passed_on.comment);
+    end loop;
+end $$;

@@ -53,9 +53,9 @@ impl Stop {
         self.draining.cancel();
     }
 
-    /// Whether it was asked.
-    pub fn is_asked(&self) -> bool {
-        self.draining.is_cancelled()
+    /// Waits until it is asked.
+    pub async fn asked(&self) {
+        self.draining.cancelled().await;
     }
 }
 
@@ -112,7 +112,7 @@ pub async fn run(
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
-            config.worker.kill_grace + MARGIN + Duration::from_secs(1),
+            Duration::from_secs_f64((config.worker.kill_grace + MARGIN).as_secs_f64().ceil() + 1.0),
         )),
     };
     let router = match role {

@@ -96,7 +96,11 @@ async fn replica(config: Config, role: Role) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
     let options = options(&config)?;
     let listener = app::bind(&config)?;
-    app::prepare_schema(&options, config.migrate).await?;
+    tokio::select! {
+        prepared = app::prepare_schema(&options, config.migrate) => prepared?,
+        // A database that does not answer must not keep the process from leaving.
+        () = stop.asked() => return Ok(()),
+    }
     app::run(config, options, listener, role, stop).await
 }
 
@@ -115,10 +119,11 @@ async fn develop(config: Config) -> anyhow::Result<()> {
         }
     };
     let result = async {
-        if stop.is_asked() {
-            return Ok(());
+        tokio::select! {
+            biased;
+            () = stop.asked() => return Ok(()),
+            prepared = app::prepare_schema(&options, config.migrate) => prepared?,
         }
-        app::prepare_schema(&options, config.migrate).await?;
         greet(&config, &listener, postgres.as_ref())?;
         app::run(config, options, listener, Role::Serve, stop).await
     }

@@ -4,12 +4,16 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::Status;
 
 /// One run of a workflow: the public columns of its row in `test_runs`, under the same names.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+///
+/// `input` and `output` are passed on as the text that Postgres has: it holds numbers and depths that would not survive
+/// being read and written again.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Run {
     /// UUIDv7 given at enqueue. Runs are ordered by `created_at`, then `id`.
     pub id: Uuid,
@@ -38,7 +42,7 @@ pub struct Run {
     pub labels: BTreeMap<String, String>,
     /// What the caller handed over.
     #[schema(value_type = Option<Object>)]
-    pub input: Option<serde_json::Value>,
+    pub input: Option<Box<RawValue>>,
     /// What its enqueue asked for when the slot is taken.
     #[schema(example = "reject")]
     pub on_conflict: String,
@@ -70,7 +74,7 @@ pub struct Run {
     pub exit_code: Option<i32>,
     /// The JSON object that the command's standard output ended with.
     #[schema(value_type = Option<Object>)]
-    pub output: Option<serde_json::Value>,
+    pub output: Option<Box<RawValue>>,
     /// One line on why the last attempt did not succeed.
     pub error: Option<String>,
     /// The run this one repeats.
@@ -154,6 +158,8 @@ pub enum StopCause {
     Cancel,
     /// The worker itself is stopping.
     Shutdown,
+    /// The lease could not be renewed and is about to run out: the command must be gone before somebody may take the run.
+    Unrenewed,
     /// The lease is gone: somebody else may act for the run now.
     LeaseLost,
 }

@@ -9,19 +9,25 @@ use tracing::Instrument as _;
 
 use super::Ctx;
 use super::boottime::Boottime;
-use super::heartbeat::Held;
+use super::heartbeat::Holding;
 use crate::domain::{Command, Executor, Lease, LogChunk, Outcome, StopCause, Verdict};
 use crate::executor::command::{self, Invocation, Limits};
 use crate::store;
-use crate::store::claim::Claimed;
+use crate::store::claim::{Claimed, release};
 use crate::store::logs;
 use crate::store::settle::{Settled, settle};
 
 /// Pieces of log that may wait for the database; then the command waits in its write.
 const LOG_BACKLOG: usize = 64;
 
+/// Holds the lease of a claimed run.
+pub(super) fn hold(ctx: &Ctx, claimed: &Claimed, sent: Boottime) -> Holding {
+    let timeout = seconds(claimed.run.heartbeat_timeout_seconds, ctx.worker.heartbeat_timeout);
+    ctx.held.hold(claimed.lease, timeout, sent, &ctx.worker)
+}
+
 /// Executes a claimed run and settles it. The lease is held until the outcome is recorded, or it is lost.
-pub(super) async fn run(ctx: Ctx, claimed: Claimed, sent: Boottime, permit: OwnedSemaphorePermit) {
+pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: OwnedSemaphorePermit) {
     let span = tracing::info_span!(
         "attempt",
         run.id = %claimed.run.id,
@@ -29,28 +35,34 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, sent: Boottime, permit: Owne
         run.attempt = claimed.run.attempt,
         run.fence = claimed.run.fence,
     );
-    execute_and_settle(&ctx, claimed, sent).instrument(span).await;
+    execute_and_settle(&ctx, claimed, holding).instrument(span).await;
     drop(permit);
     ctx.wake.notify_one();
 }
 
-async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, sent: Boottime) {
+async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, holding: Holding) {
     let lease = claimed.lease;
-    let timeout = seconds(claimed.run.heartbeat_timeout_seconds, ctx.worker.heartbeat_timeout);
-    let (_holding, stop) = ctx.held.hold(lease, timeout, sent, &ctx.worker);
     if ctx.hurry.is_cancelled() {
-        ctx.held.stop_all(StopCause::Shutdown);
+        return give_back(ctx, lease).await;
     }
     let started = Instant::now();
     tracing::info!("attempt started");
     let outcome = match serde_json::from_value(claimed.executor.clone()) {
-        Ok(Executor::Command(command)) => run_command(ctx, &claimed, &command, stop).await,
+        Ok(Executor::Command(command)) => run_command(ctx, &claimed, &command, holding.stop.clone()).await,
         Err(error) => {
             let text = format!("this version can't read the workflow's executor: {error}");
             Outcome::because(Verdict::Failed, "unreadable", text)
         }
     };
     record(ctx, lease, outcome, started.elapsed()).await;
+}
+
+/// The replica must leave before the command was started: somebody else may start it.
+async fn give_back(ctx: &Ctx, lease: Lease) {
+    match ctx.db.with(async |connection| release(connection, &[lease], &ctx.name).await).await {
+        Ok(_) => tracing::info!("gave back what was not started"),
+        Err(error) => tracing::warn!(%error, "can't give back what was not started; the reaper will end it"),
+    }
 }
 
 async fn run_command(
@@ -66,7 +78,7 @@ async fn run_command(
         workflow_id: &claimed.run.workflow_id,
         attempt: claimed.run.attempt,
         fence: claimed.lease.fence,
-        input: claimed.run.input.as_ref(),
+        input: claimed.run.input.as_deref(),
         time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
         kill_grace: ctx.worker.kill_grace,
         limits: Limits { log_bytes: ctx.worker.log_bytes, output_bytes: ctx.worker.output_bytes },
@@ -84,16 +96,18 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
     let mut seq = 1;
     let mut batch = Vec::with_capacity(LOG_BACKLOG);
     while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
-        let mut patience = Patience::new(ctx, lease);
+        let mut patience = Patience::default();
         while let Err(error) = ctx.db.with(async |connection| logs::append(connection, lease, seq, &batch).await).await
         {
             if !error.is_passing() {
                 tracing::error!(%error, "a piece of the log can't be stored");
                 break;
             }
-            if !patience.lasts(&error).await {
+            // The slot is worth more than the rest of the log.
+            if matches!(ctx.held.cause(lease), Some(StopCause::LeaseLost | StopCause::Unrenewed)) {
                 break;
             }
+            patience.wait(&error).await;
         }
         seq += i64::try_from(batch.len()).unwrap_or_default();
         batch.clear();
@@ -104,14 +118,16 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
 async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) {
     let verdict = outcome.verdict;
     let mut outcomes = [(lease, outcome)];
-    let mut patience = Patience::new(ctx, lease);
+    let mut patience = Patience::default();
     loop {
         match ctx.db.with(async |connection| settle(connection, &outcomes, &ctx.name).await).await {
             Ok(settled) => return report(&settled, verdict, took),
+            // As long as nobody says that the lease is lost it may hold: while the database is away nobody can take it.
+            Err(error) if error.is_passing() && ctx.held.cause(lease) != Some(StopCause::LeaseLost) => {
+                patience.wait(&error).await;
+            }
             Err(error) if error.is_passing() => {
-                if !patience.lasts(&error).await {
-                    return tracing::warn!("the lease was lost before the outcome could be recorded");
-                }
+                return tracing::warn!(%error, "the lease was lost before the outcome could be recorded");
             }
             // It would be refused for ever, and the slot with it: record that, without what the command handed back.
             Err(error) if outcomes[0].1.reason.as_deref() != Some("unrecordable") => {
@@ -138,26 +154,19 @@ fn report(settled: &[Settled], verdict: Verdict, took: Duration) {
     }
 }
 
-/// Waiting for a database that is away, for as long as the lease is not known to be lost.
-struct Patience<'a> {
-    held: &'a Held,
-    lease: Lease,
-    pause: Duration,
+/// Waiting for a database that is away, longer each time.
+struct Patience(Duration);
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self(Duration::from_millis(50))
+    }
 }
 
-impl<'a> Patience<'a> {
-    fn new(ctx: &'a Ctx, lease: Lease) -> Self {
-        Self { held: &ctx.held, lease, pause: Duration::from_millis(50) }
-    }
-
-    /// Waits a little, longer each time; false when there is nothing to wait for any more.
-    async fn lasts(&mut self, error: &store::Error) -> bool {
-        if self.held.is_lost(self.lease) {
-            return false;
-        }
+impl Patience {
+    async fn wait(&mut self, error: &store::Error) {
         tracing::debug!(%error, "trying again");
-        sleep(self.pause.mul_f64(random_range(0.5..=1.0))).await;
-        self.pause = (self.pause * 2).min(Duration::from_secs(1));
-        true
+        sleep(self.0.mul_f64(random_range(0.5..=1.0))).await;
+        self.0 = (self.0 * 2).min(Duration::from_secs(1));
     }
 }

@@ -1,10 +1,21 @@
 //! Claims due runs up to the free capacity and starts them.
 
+use std::time::Duration;
+
 use super::boottime::Boottime;
 use super::{Ctx, Next, attempt};
-use crate::domain::Lease;
 use crate::store;
-use crate::store::claim::{Claim, Claimed, claim, release};
+use crate::store::claim::{Claim, Claimed, claim, release, strays};
+
+/// How long a claim whose answer was lost may still be carried out: the server ends a statement before that.
+const LOST_CLAIM: Duration = Duration::from_secs(10);
+
+/// A dispatcher, and whether it may have claimed what it does not know of.
+pub struct Dispatcher {
+    ctx: Ctx,
+    /// When a claim was last sent whose runs were not started.
+    astray: Option<Boottime>,
+}
 
 /// What a pass did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,26 +26,60 @@ pub struct Report {
     pub next: Next,
 }
 
-/// Claims as many due runs as there is free capacity, and starts them.
-pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
-    let free = ctx.capacity.available_permits();
-    if free == 0 || ctx.draining.is_cancelled() {
-        // An attempt that ends wakes the dispatcher.
-        return Ok(Report { claimed: 0, next: Next::Rest });
+impl Dispatcher {
+    /// A dispatcher that has claimed nothing yet.
+    pub fn new(ctx: Ctx) -> Self {
+        Self { ctx, astray: None }
     }
-    let (sent, claimed) = take(ctx, free).await?;
-    let count = claimed.len();
-    if ctx.draining.is_cancelled() {
-        give_back(ctx, &claimed).await?;
-    } else {
+
+    /// Claims as many due runs as there is free capacity, and starts them.
+    pub async fn pass(&mut self) -> Result<Report, store::Error> {
+        self.bring_back().await?;
+        let free = self.ctx.capacity.available_permits();
+        if free == 0 {
+            // An attempt that ends wakes the dispatcher.
+            return Ok(Report { claimed: 0, next: Next::Rest });
+        }
+        let (sent, claimed) = match take(&self.ctx, free).await {
+            Ok(taken) => taken,
+            Err(error) => {
+                if error.outcome_unknown() {
+                    self.astray = Some(Boottime::now());
+                }
+                return Err(error);
+            }
+        };
+        let count = claimed.len();
+        if self.ctx.draining.is_cancelled() {
+            self.astray = Some(Boottime::now());
+            return Ok(Report { claimed: count, next: Next::Rest });
+        }
         for run in claimed {
             // Only this function takes permits, and there were enough.
-            let Ok(permit) = ctx.capacity.clone().try_acquire_owned() else { break };
-            ctx.attempts.spawn(attempt::run(ctx.clone(), run, sent, permit));
+            let Ok(permit) = self.ctx.capacity.clone().try_acquire_owned() else { break };
+            let holding = attempt::hold(&self.ctx, &run, sent);
+            self.ctx.attempts.spawn(attempt::run(self.ctx.clone(), run, holding, permit));
         }
+        // A short batch means that nothing else is due.
+        Ok(Report { claimed: count, next: if count == free { Next::Again } else { Next::Rest } })
     }
-    // A short batch means that nothing else is due.
-    Ok(Report { claimed: count, next: if count == free { Next::Again } else { Next::Rest } })
+
+    /// Gives back what was claimed in this process's name and is not held: claimed while the replica began to stop, or by a
+    /// claim whose answer was lost. Nobody would start it, and it would go stale.
+    pub async fn bring_back(&mut self) -> Result<(), store::Error> {
+        let Some(since) = self.astray else { return Ok(()) };
+        let ctx = &self.ctx;
+        let held = ctx.held.fences();
+        let leases = ctx.db.with(async |connection| strays(connection, &ctx.name, &held).await).await?;
+        if !leases.is_empty() {
+            let released = ctx.db.with(async |connection| release(connection, &leases, &ctx.name).await).await?;
+            tracing::info!(runs = released.len(), "gave back what was not started");
+        }
+        if since.elapsed() > LOST_CLAIM {
+            self.astray = None;
+        }
+        Ok(())
+    }
 }
 
 /// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
@@ -50,15 +95,4 @@ async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store:
         heartbeat_timeout_seconds: i32::try_from(ctx.worker.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),
     };
     ctx.db.with(async |connection| Ok((Boottime::now(), claim(connection, &request).await?))).await
-}
-
-/// Gives back what was claimed while the replica began to stop.
-async fn give_back(ctx: &Ctx, claimed: &[Claimed]) -> Result<(), store::Error> {
-    if claimed.is_empty() {
-        return Ok(());
-    }
-    let leases: Vec<Lease> = claimed.iter().map(|run| run.lease).collect();
-    let released = ctx.db.with(async |connection| release(connection, &leases, &ctx.name).await).await?;
-    tracing::info!(runs = released.len(), "gave back what was not started");
-    Ok(())
 }

@@ -1,12 +1,11 @@
 //! The leases this process holds, and their renewal.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
-use uuid::Uuid;
 
 use super::Ctx;
 use super::boottime::Boottime;
@@ -15,10 +14,13 @@ use crate::domain::{Lease, StopCause};
 use crate::store;
 use crate::store::claim::{Renewal, renew};
 
-/// The leases held, by run.
+/// Where a lease is so short that hardly any time is left for renewals, they must not become a busy loop.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The leases held, by fence: a run that was taken away and claimed anew is another lease.
 #[derive(Default)]
 pub struct Held {
-    leases: Mutex<HashMap<Uuid, HeldLease>>,
+    leases: Mutex<HashMap<i64, HeldLease>>,
     changed: Notify,
 }
 
@@ -35,19 +37,21 @@ struct HeldLease {
 }
 
 /// A lease is held while this lives.
-pub(super) struct Holding<'a> {
-    held: &'a Held,
-    run_id: Uuid,
+pub(super) struct Holding {
+    held: Arc<Held>,
+    fence: i64,
+    /// Hears when the attempt has to end, and why.
+    pub(super) stop: watch::Receiver<Option<StopCause>>,
 }
 
-impl Drop for Holding<'_> {
+impl Drop for Holding {
     fn drop(&mut self) {
-        self.held.lock().remove(&self.run_id);
+        self.held.lock().remove(&self.fence);
     }
 }
 
 impl Held {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, HeldLease>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<i64, HeldLease>> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -61,26 +65,26 @@ impl Held {
         self.len() == 0
     }
 
-    /// Holds a lease that was claimed by a statement sent at `sent`, until the answer is dropped. The receiver hears when
-    /// the attempt has to end, and why.
-    pub(super) fn hold(
-        &self,
-        lease: Lease,
-        timeout: Duration,
-        sent: Boottime,
-        worker: &Worker,
-    ) -> (Holding<'_>, watch::Receiver<Option<StopCause>>) {
-        let (stop, stopped) = watch::channel(None);
-        let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
-        let interval = worker.heartbeat_interval.min(patience / 4);
-        self.lock().insert(lease.run_id, HeldLease { lease, interval, good: sent, patience, stop });
-        self.changed.notify_one();
-        (Holding { held: self, run_id: lease.run_id }, stopped)
+    /// The fences held.
+    pub(super) fn fences(&self) -> Vec<i64> {
+        self.lock().keys().copied().collect()
     }
 
-    /// Whether the lease is known to be lost.
-    pub(super) fn is_lost(&self, lease: Lease) -> bool {
-        self.lock().get(&lease.run_id).is_none_or(HeldLease::is_lost)
+    /// Holds a lease that was claimed by a statement sent at `sent`, until the answer is dropped.
+    pub(super) fn hold(self: &Arc<Self>, lease: Lease, timeout: Duration, sent: Boottime, worker: &Worker) -> Holding {
+        let (stop, stopped) = watch::channel(None);
+        let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
+        let interval = worker.heartbeat_interval.min(patience / 4).max(SHORTEST_INTERVAL);
+        self.lock().insert(lease.fence, HeldLease { lease, interval, good: sent, patience, stop });
+        // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
+        self.fence_off();
+        self.changed.notify_one();
+        Holding { held: self.clone(), fence: lease.fence, stop: stopped }
+    }
+
+    /// Why the attempt under this lease has to end, if it has.
+    pub(super) fn cause(&self, lease: Lease) -> Option<StopCause> {
+        self.lock().get(&lease.fence).map_or(Some(StopCause::LeaseLost), |held| *held.stop.borrow())
     }
 
     /// Tells every attempt to end.
@@ -112,7 +116,7 @@ impl Held {
     /// Ends every attempt whose lease the reaper may take before its process could be killed otherwise.
     pub(super) fn fence_off(&self) {
         for held in self.lock().values().filter(|held| held.good.elapsed() > held.patience) {
-            stop(held, StopCause::LeaseLost);
+            stop(held, StopCause::Unrenewed);
         }
     }
 }
@@ -137,27 +141,40 @@ fn stop(held: &HeldLease, cause: StopCause) {
     }
 }
 
-/// Renews what is due, in one statement; returns how many leases that were.
-pub async fn pass(ctx: &Ctx) -> Result<usize, store::Error> {
+/// What a pass did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Leases that were renewed.
+    pub renewed: usize,
+    /// Leases that are to be tried again.
+    pub busy: usize,
+}
+
+/// Renews what is due, in one statement.
+pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
     let due = ctx.held.due();
+    let mut report = Report::default();
     if due.is_empty() {
-        return Ok(0);
+        return Ok(report);
     }
     // Sent when there is a connection, which after an outage may be seconds from now.
     let (sent, renewals) =
         ctx.lease_db.with(async |connection| Ok((Boottime::now(), renew(connection, &due).await?))).await?;
+    let mut leases = ctx.held.lock();
     for (lease, renewal) in due.iter().zip(renewals) {
-        let mut leases = ctx.held.lock();
-        // The attempt may have settled meanwhile, and the run may even be held anew.
-        let Some(held) = leases.get_mut(&lease.run_id).filter(|held| held.lease == *lease) else { continue };
+        // The attempt may have settled meanwhile.
+        let Some(held) = leases.get_mut(&lease.fence) else { continue };
         match renewal {
-            Renewal::Held => held.good = sent,
-            Renewal::CancelRequested => {
+            Renewal::Held | Renewal::CancelRequested => {
                 held.good = sent;
-                stop(held, StopCause::Cancel);
+                report.renewed += 1;
             }
+            Renewal::Busy => report.busy += 1,
             Renewal::Lost => stop(held, StopCause::LeaseLost),
         }
+        if renewal == Renewal::CancelRequested {
+            stop(held, StopCause::Cancel);
+        }
     }
-    Ok(due.len())
+    Ok(report)
 }

@@ -61,11 +61,12 @@ pub enum Next {
     Rest,
 }
 
-/// Claims and starts runs until draining.
+/// Claims and starts runs until draining; then gives back what it claimed and did not start.
 pub async fn dispatch(ctx: Ctx) {
-    loop {
-        let rest = match dispatcher::pass(&ctx).await {
-            Ok(report) if report.next == Next::Again => Duration::ZERO,
+    let mut dispatcher = dispatcher::Dispatcher::new(ctx.clone());
+    while !ctx.draining.is_cancelled() {
+        let rest = match dispatcher.pass().await {
+            Ok(report) if report.next == Next::Again => continue,
             Ok(_) => jittered(POLL),
             Err(error) => {
                 tracing::warn!(%error, "can't claim runs; trying again");
@@ -73,9 +74,16 @@ pub async fn dispatch(ctx: Ctx) {
             }
         };
         tokio::select! {
-            () = ctx.draining.cancelled() => return,
-            () = ctx.wake.notified(), if !rest.is_zero() => {}
+            () = ctx.draining.cancelled() => {}
+            () = ctx.wake.notified() => {}
             () = sleep(rest) => {}
+        }
+    }
+    while let Err(error) = dispatcher.bring_back().await {
+        tracing::warn!(%error, "can't give back what was not started; trying again");
+        tokio::select! {
+            () = ctx.hurry.cancelled() => return,
+            () = sleep(jittered(POLL)) => {}
         }
     }
 }
@@ -83,14 +91,17 @@ pub async fn dispatch(ctx: Ctx) {
 /// Renews leases until `stop`.
 pub async fn renew(ctx: Ctx, stop: CancellationToken) {
     loop {
-        let failed = heartbeat::pass(&ctx).await.err();
-        if let Some(error) = &failed {
-            tracing::warn!(%error, leases = ctx.held.len(), "can't renew leases; trying again");
-        }
+        let again = match heartbeat::pass(&ctx).await {
+            Ok(report) => report.busy > 0,
+            Err(error) => {
+                tracing::warn!(%error, leases = ctx.held.len(), "can't renew leases; trying again");
+                true
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => return,
-            () = sleep(jittered(POLL)), if failed.is_some() => {}
-            () = ctx.held.until_due(), if failed.is_none() => {}
+            () = sleep(jittered(POLL)), if again => {}
+            () = ctx.held.until_due(), if !again => {}
         }
     }
 }

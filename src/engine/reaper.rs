@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::Next;
@@ -15,6 +15,9 @@ use crate::store::{self, Db};
 
 /// Rows per pass and kind.
 const BATCH: usize = 100;
+
+/// A clock that is off by this much from one look to the next was set; less is a slow connection.
+const STEP: TimeDelta = TimeDelta::seconds(5);
 
 /// A reaper and what it has seen so far.
 pub struct Reaper {
@@ -30,6 +33,9 @@ struct View {
     seen_since: DateTime<Utc>,
     timeline: String,
     last_good: Boottime,
+    /// The database's clock at the last look, and ours then.
+    now: DateTime<Utc>,
+    at: Boottime,
 }
 
 /// What a pass did.
@@ -61,31 +67,36 @@ impl Reaper {
         let seen_since = self.look(seen, started);
         let limit = i64::try_from(BATCH).unwrap_or(i64::MAX);
         let sealed = self.db.with(async |connection| seal(connection, seen_since, limit).await).await?;
-        let ended = self.end(&sealed).await?;
-        let expired = self.expire(limit).await?;
-        let swept = self.db.with(async |connection| sweep_leases(connection, limit).await).await?;
-        let full = [sealed.len(), expired.len(), usize::try_from(swept).unwrap_or(BATCH)].contains(&BATCH);
-        // Only a whole pass is a good one.
+        // The database was seen at work. What is wrong with single runs below must not blind the next pass.
         if let Some(view) = &mut self.view {
             view.last_good = Boottime::now();
         }
+        // One after the other, whatever became of the one before.
+        let ended = self.end(&sealed).await;
+        let expired = self.expire(limit).await;
+        let swept = self.db.with(async |connection| sweep_leases(connection, limit).await).await;
+        let (ended, expired, swept) = (ended?, expired?, swept?);
+        let full = [sealed.len(), expired.len(), usize::try_from(swept).unwrap_or(BATCH)].contains(&BATCH);
         // A full batch of which nothing could be ended would be found again at once.
         let next = if full && (!ended.is_empty() || sealed.is_empty()) { Next::Again } else { Next::Rest };
         Ok(Report { ended, expired, next })
     }
 
-    /// Since when the database has been seen without a gap. One failed statement is no gap; no good pass for as long as a
-    /// heartbeat may take is one, and so is a new timeline: there, other renewals may be missing.
+    /// Since when the database has been seen without a gap. One failed statement is no gap; no good look for as long as a
+    /// heartbeat may take is one. So is a new timeline, where renewals may be missing, and a step of the database's clock,
+    /// which makes everybody look silent.
     fn look(&mut self, seen: Sight, at: Boottime) -> DateTime<Utc> {
-        if let Some(view) = &self.view
-            && view.timeline == seen.timeline
-            && view.last_good.elapsed() <= self.blind_after
-        {
-            return view.seen_since;
-        }
-        let seen_since = seen.now;
-        self.view = Some(View { seen_since, timeline: seen.timeline, last_good: at });
-        seen_since
+        let view = match self.view.take() {
+            Some(view)
+                if view.timeline == seen.timeline
+                    && view.last_good.elapsed() <= self.blind_after
+                    && !stepped(view.now, seen.now, view.at.elapsed()) =>
+            {
+                View { now: seen.now, at, ..view }
+            }
+            _ => View { seen_since: seen.now, timeline: seen.timeline, last_good: at, now: seen.now, at },
+        };
+        self.view.insert(view).seen_since
     }
 
     /// Settles what was sealed, down the same path as a worker's own finish.
@@ -123,6 +134,12 @@ impl Reaper {
         }
         Ok(ended)
     }
+}
+
+/// Whether a clock that showed `before` and now shows `after` was set in the `elapsed` time between.
+fn stepped(before: DateTime<Utc>, after: DateTime<Utc>, elapsed: Duration) -> bool {
+    let elapsed = TimeDelta::from_std(elapsed).unwrap_or(TimeDelta::MAX);
+    (after - before - elapsed).abs() > STEP
 }
 
 /// Does `work` for all of `items`, or for one by one where the database refuses them together: one bad row must not keep

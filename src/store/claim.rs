@@ -64,54 +64,27 @@ pub enum Renewal {
     Held,
     /// It holds, and somebody asked for the run's end.
     CancelRequested,
+    /// Somebody has its row in `run_leases` locked, the reaper perhaps: nothing is said yet, and it is to be tried again.
+    Busy,
     /// It is gone: the run was settled, or the reaper has shut this claim out.
     Lost,
 }
 
-/// Renews `leases`; the answers stand in their order. Touches `run_leases` only, so that a lock somebody holds on a run
-/// delays nobody's renewal.
+/// Renews `leases`; the answers stand in their order. Touches `run_leases` only, and waits for nobody's lock: neither
+/// somebody who locks a run by hand nor one locked lease delays the other renewals.
 pub async fn renew(connection: &mut PgConnection, leases: &[Lease]) -> sqlx::Result<Vec<Renewal>> {
     let (run_ids, fences, secrets) = columns(leases);
-    let rows = sqlx::query!(
-        r#"
-        with given as (
-            select *
-            from unnest($1::uuid[], $2::bigint[], $3::uuid[]) with ordinality as g (run_id, fence, secret, position)
-        ),
-        held as materialized (
-            select g.position, r.id, r.fence, r.cancel_requested_at is not null as cancel_requested
-            from given g
-            join test_runs r
-                on r.id = g.run_id and r.status = 'running' and r.fence = g.fence and r.lease_secret = g.secret
-        ),
-        renewed as (
-            insert into run_leases as l (run_id, fence, heartbeat_at)
-            select id, fence, now()
-            from held
-            order by id -- two batches that lock in different orders deadlock
-            on conflict (run_id) do update
-            set fence = excluded.fence, heartbeat_at = excluded.heartbeat_at
-            where l.fence <= excluded.fence -- a larger one is the reaper's: it shut this claim out meanwhile
-            returning run_id
-        )
-        select (n.run_id is not null) as "held!", coalesce(h.cancel_requested, false) as "cancel_requested!"
-        from given g
-        left join held h on h.position = g.position
-        left join renewed n on n.run_id = h.id
-        order by g.position
-        "#,
-        &run_ids,
-        &fences,
-        &secrets as &[Option<Uuid>],
-    )
-    .fetch_all(connection)
-    .await?;
+    let rows = sqlx::query_file!("src/store/sql/renew.sql", &run_ids, &fences, &secrets as &[Option<Uuid>])
+        .fetch_all(connection)
+        .await?;
     Ok(rows
         .into_iter()
-        .map(|row| match (row.held, row.cancel_requested) {
-            (false, _) => Renewal::Lost,
-            (true, true) => Renewal::CancelRequested,
-            (true, false) => Renewal::Held,
+        .map(|row| match (row.current, row.renewed, row.locked) {
+            (true, true, _) if row.cancel_requested => Renewal::CancelRequested,
+            (true, true, _) => Renewal::Held,
+            // Ours to change and yet not renewed: its fence is the reaper's.
+            (true, false, true) | (false, _, _) => Renewal::Lost,
+            (true, false, false) => Renewal::Busy,
         })
         .collect())
 }
@@ -166,6 +139,23 @@ pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &st
     )
     .fetch_all(connection)
     .await
+}
+
+/// The leases of runs that this worker has claimed and does not hold: those of a claim whose answer was lost on the way.
+/// `held` are the fences it does hold.
+pub async fn strays(connection: &mut PgConnection, worker: &str, held: &[i64]) -> sqlx::Result<Vec<Lease>> {
+    let rows = sqlx::query!(
+        r#"
+        select id, fence, lease_secret
+        from test_runs
+        where status = 'running' and worker = $1 and fence <> all($2::bigint[])
+        "#,
+        worker,
+        held,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|row| Lease { run_id: row.id, fence: row.fence, secret: row.lease_secret }).collect())
 }
 
 /// Leases as the arrays that statements take.

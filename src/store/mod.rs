@@ -21,7 +21,7 @@ use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
 use tokio::time::timeout;
 
 /// How long a caller waits for a free connection.
-const ACQUIRE: Duration = Duration::from_secs(3);
+const ACQUIRE: Duration = Duration::from_secs(5);
 /// The client's limit on the work of one `with`: a little over the server's own limit on a statement, so that the server's
 /// better message wins.
 pub const LIMIT: Duration = Duration::from_secs(7);
@@ -62,6 +62,16 @@ impl Error {
     /// Whether asking again later can help.
     pub fn is_passing(&self) -> bool {
         !matches!(self, Self::Refused(_))
+    }
+
+    /// Whether it refused a value that its types can't hold, such as a time before its calendar: class 22, data exception.
+    pub fn is_bad_value(&self) -> bool {
+        match self {
+            Self::Refused(sqlx::Error::Database(database)) => {
+                database.code().is_some_and(|code| code.starts_with("22"))
+            }
+            _ => false,
+        }
     }
 
     /// Whether the statement may have been carried out although it failed.
@@ -126,7 +136,7 @@ impl Db {
                 Ok(value)
             }
             Ok(Err(error)) => {
-                if matches!(error, sqlx::Error::Database(_)) {
+                if is_reusable(&error) {
                     connection.give_back();
                 }
                 Err(Error::of_statement(error))
@@ -140,6 +150,12 @@ impl Db {
         // A black-holed connection would keep `close` waiting for ever.
         let _ = timeout(Duration::from_secs(2), self.pool.close()).await;
     }
+}
+
+/// Whether the connection is as good as before. One to a server that became a standby is not: the next one may find the
+/// primary.
+fn is_reusable(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Database(database) if database.code().as_deref() != Some("25006"))
 }
 
 /// A connection that is closed when dropped, unless it was given back.

@@ -11,7 +11,7 @@ use crate::domain::Lease;
 pub struct Sight {
     /// The database's clock.
     pub now: DateTime<Utc>,
-    /// Its timeline, which changes at a failover; empty where it can't be read.
+    /// Its timeline, which changes at a failover.
     pub timeline: String,
 }
 
@@ -50,11 +50,11 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
             select greatest(pg_postmaster_start_time(), $1::timestamptz) as at
         ),
         looked_at as (
-            select r.id, r.fence, greatest(l.heartbeat_at, r.started_at) as heard_at,
+            select r.id, r.fence, coalesce(l.heartbeat_at, r.started_at) as heard_at,
                    make_interval(secs => r.heartbeat_timeout_seconds) as patience,
                    r.started_at + make_interval(secs => r.timeout_seconds) as ends_at
             from test_runs r
-            left join run_leases l on l.run_id = r.id
+            left join run_leases l on l.run_id = r.id and l.fence >= r.fence -- a smaller one is of an attempt before
             where r.status = 'running'
         ),
         overdue as materialized (
@@ -104,8 +104,8 @@ pub async fn unstarted(
         r#"
         select r.id
         from test_runs r
-        join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
-        where r.status = 'queued' and r.attempt = 0
+        left join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
+        where r.status = 'queued'
           and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
         order by r.id
         limit $2
@@ -117,7 +117,8 @@ pub async fn unstarted(
     .await
 }
 
-/// Ends those of `run_ids` that are still unstarted for longer than they may: `skipped`, reason `expired`. Returns which.
+/// Ends those of `run_ids` that are still unstarted for longer than they may: `skipped`, or as its last attempt ended
+/// where it had one; reason `expired`. Returns which.
 pub async fn expire(
     connection: &mut PgConnection,
     start_within_seconds: i32,
@@ -128,23 +129,38 @@ pub async fn expire(
         with overdue as materialized (
             select r.id, coalesce(v.start_within_seconds, $1) as start_within
             from test_runs r
-            join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
-            where r.id = any($2::uuid[]) and r.status = 'queued' and r.attempt = 0
+            left join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
+            where r.id = any($2::uuid[]) and r.status = 'queued'
               and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
             order by r.id
             for update of r skip locked
         ),
+        ended as (
+            select o.id, o.start_within, a.status, a.started_at
+            from overdue o
+            left join lateral (
+                select status, started_at
+                from run_attempts
+                where run_id = o.id and status <> 'released'
+                order by fence desc
+                limit 1
+            ) a on true
+        ),
         expired as (
             update test_runs r
-            set status = 'skipped', reason = 'expired', error = 'no worker started it within ' || o.start_within || ' s',
-                finished_at = now(), version = r.version + 1
-            from overdue o
-            where r.id = o.id and r.status = 'queued'
-            returning r.id, r.attempt, r.fence
+            set status = coalesce(e.status, case when r.attempt = 0 then 'skipped' else 'stale' end),
+                reason = 'expired',
+                error = 'no worker started it within ' || e.start_within || ' s',
+                started_at = coalesce(r.started_at, e.started_at),
+                finished_at = greatest(now(), r.started_at, e.started_at),
+                version = r.version + 1
+            from ended e
+            where r.id = e.id and r.status = 'queued'
+            returning r.id, r.status, r.attempt, r.fence
         ),
         recorded as (
             insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
-            select id, 'queued', 'skipped', attempt, fence, 'reaper', 'expired'
+            select id, 'queued', status, attempt, fence, 'reaper', 'expired'
             from expired
         )
         select id from expired
@@ -156,8 +172,8 @@ pub async fn expire(
     .await
 }
 
-/// Deletes at most `limit` renewals of runs that are over. Not sooner than five minutes after the last one: a renewal
-/// that is still under way must meet the reaper's larger fence.
+/// Deletes at most `limit` renewals of runs that are over. Not sooner than five minutes after their end: a renewal that
+/// is still under way must meet the reaper's larger fence.
 pub async fn sweep_leases(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
     let done = sqlx::query!(
         r#"
@@ -165,11 +181,11 @@ pub async fn sweep_leases(connection: &mut PgConnection, limit: i64) -> sqlx::Re
         where run_id in (
             select l.run_id
             from run_leases l
-            where l.heartbeat_at < now() - interval '5 minutes'
-              and not exists (select from test_runs r where r.id = l.run_id and r.status = 'running')
+            left join test_runs r on r.id = l.run_id
+            where r.id is null or r.finished_at < now() - interval '5 minutes'
             order by l.run_id
             limit $1
-            for update skip locked)
+            for update of l skip locked)
         "#,
         limit,
     )

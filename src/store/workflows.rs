@@ -1,14 +1,16 @@
 //! Workflow definitions and their revisions.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Definition, WorkflowId};
+use crate::domain::{Definition, Executor, WorkflowId};
 
-/// One revision of a workflow: its definition, and since when.
+/// One revision of a workflow: what it says, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Revision {
     /// The workflow.
@@ -16,9 +18,21 @@ pub struct Revision {
     pub id: String,
     /// Counts from 1; runs keep the one they were enqueued with.
     pub revision: i32,
-    /// What it says.
-    #[serde(flatten)]
-    pub definition: Definition,
+    /// What runs it. As it is stored: another version may have written it.
+    #[schema(value_type = Executor)]
+    pub executor: serde_json::Value,
+    /// Longest one attempt may take; null: the worker's setting.
+    pub timeout_seconds: Option<i32>,
+    /// Silence of the worker after which a run is stale; null: the worker's setting.
+    pub heartbeat_timeout_seconds: Option<i32>,
+    /// Longest a queued run may stay unstarted; null: the service's setting.
+    pub start_within_seconds: Option<i32>,
+    /// Default priority of its runs.
+    pub priority: i16,
+    /// The queue its runs are put in.
+    pub queue: String,
+    /// Labels its runs start with.
+    pub labels: BTreeMap<String, String>,
     /// When this revision was written.
     pub created_at: DateTime<Utc>,
     /// Who wrote it.
@@ -143,14 +157,17 @@ pub enum Deleted {
 }
 
 /// Hides a workflow unless a run that uses its definition is not over. Its history stays, and its id may come back.
+///
+/// An enqueue that is under way at this moment may still be accepted: locking the workflow in every enqueue would cost a
+/// third of its speed. Its run keeps its revision and ends as any other.
 pub async fn delete(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Deleted> {
     let row = sqlx::query!(
         r#"
         with live as materialized (
-            select r.id
-            from test_runs r
-            where r.definition = $1 and r.status in ('scheduled', 'waiting', 'queued', 'running')
-            order by r.created_at
+            -- in two parts, each of which has its small index
+            select id from test_runs where definition = $1 and status in ('queued', 'running')
+            union all
+            select id from test_runs where definition = $1 and status in ('scheduled', 'waiting')
             limit 1
         ),
         deleted as (

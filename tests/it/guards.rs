@@ -40,7 +40,7 @@ const COPY: &str = "insert into test_runs
 /// A copy that is queued.
 const QUEUED_COPY: &str = "insert into test_runs
     select (jsonb_populate_record(r, jsonb_build_object('id', gen_random_uuid(), 'status', 'queued', 'worker', null,
-                                                        'lease_secret', null))).*
+                                                        'lease_secret', null, 'attempt', 0, 'started_at', null))).*
     from test_runs r where id = $1";
 
 #[tokio::test]

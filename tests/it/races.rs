@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use serde_json::json;
 use singletrack::domain::{Run, Status, Verdict};
 use singletrack::store::claim::Claimed;
 use singletrack::store::enqueue::{Enqueued, Request, enqueue};
@@ -164,7 +165,7 @@ async fn the_same_request_sent_again_is_the_same_run_also_when_it_is_over() {
     plant::workflow(&test.sql, "w", &["true"]).await;
     let request = request("w");
     let run = run_of(send(&test.db, &request, false).await.unwrap());
-    assert_eq!(run_of(send(&test.db, &request, true).await.unwrap()), run);
+    assert_eq!(json!(run_of(send(&test.db, &request, true).await.unwrap())), json!(run));
     let lease = claim_one(&test.db).await;
     assert_eq!(run_of(send(&test.db, &request, true).await.unwrap()).status, Status::Running);
     settle_one(&test.db, lease, Verdict::Failed).await;
@@ -186,7 +187,7 @@ async fn a_request_sent_again_waits_for_its_lost_transaction_and_is_its_run() {
     let run = enqueue_in(&mut open, &lost).await;
     let sent = send_and_block(&test, &lost, true).await;
     open.commit().await.unwrap();
-    assert_eq!(run_of(sent.await.unwrap()), run);
+    assert_eq!(json!(run_of(sent.await.unwrap())), json!(run));
 
     claim_one(&test.db).await;
     settle_one(&test.db, lease_of(&test, run.id).await, Verdict::Succeeded).await;

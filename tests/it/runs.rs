@@ -21,7 +21,7 @@ async fn a_run_is_enqueued_executed_and_read_back() {
     assert_eq!((&run["status"], &run["exit_code"], &run["attempt"]), (&json!("succeeded"), &json!(0), &json!(1)));
     assert_eq!(run["output"], json!({"answer": 42}));
     let log = client.log(id).await;
-    assert!(log.contains(r#"{"name":"world"}"#) && log.contains("oops"), "{log}");
+    assert!(log.contains(r#"{"name": "world"}"#) && log.contains("oops"), "{log}");
     replica.finish().await;
     test.check().await;
 }

@@ -16,6 +16,11 @@ fn bad_runs() -> Vec<(Status, Value, &'static str)> {
         (Queued, json!({"status": "lost"}), "test_runs_status_known"),
         (Queued, json!({"on_conflict": "steal"}), "test_runs_on_conflict_known"),
         (Queued, json!({"labels": []}), "test_runs_labels_object"),
+        (Queued, json!({"labels": {"count": 1}}), "test_runs_labels_object"),
+        (Queued, json!({"available_at": "infinity"}), "test_runs_times_sayable"),
+        (Queued, json!({"created_at": "0044-03-15T00:00:00Z BC"}), "test_runs_times_sayable"),
+        (Queued, json!({"attempt": 1}), "test_runs_startable"),
+        (Queued, json!({"started_at": "2026-01-01T00:00:00Z"}), "test_runs_unstarted_without_start"),
         (Queued, json!({"priority": 101}), "test_runs_priority_range"),
         (Queued, json!({"priority": -101}), "test_runs_priority_range"),
         (Queued, json!({"attempt": -1}), "test_runs_attempt_range"),
@@ -38,6 +43,7 @@ fn bad_runs() -> Vec<(Status, Value, &'static str)> {
     ];
     for status in [Scheduled, Waiting, Queued, Skipped] {
         rows.push((status, json!({"worker": "somebody"}), "test_runs_unstarted_without_worker"));
+        rows.push((status, json!({"lease_secret": secret}), "test_runs_unstarted_without_lease"));
     }
     for status in [Succeeded, Failed, TimedOut] {
         for change in [json!({"started_at": null}), json!({"attempt": 0}), json!({"fence": 0, "settled_fence": null})] {
@@ -47,9 +53,6 @@ fn bad_runs() -> Vec<(Status, Value, &'static str)> {
     for status in Status::ALL {
         let finish = if status.is_final() { Value::Null } else { json!("2100-01-01T00:00:00Z") };
         rows.push((status, json!({"finished_at": finish}), "test_runs_final_has_finished_at"));
-        if status != Running {
-            rows.push((status, json!({"lease_secret": secret}), "test_runs_lease_only_while_running"));
-        }
     }
     rows
 }
@@ -64,6 +67,7 @@ const BAD_ROWS: &[(&str, &str)] = &[
     ("update workflow_revisions set start_within_seconds = 0", "workflow_revisions_start_within"),
     ("update workflow_revisions set priority = 101", "workflow_revisions_priority"),
     ("update workflow_revisions set labels = '[]'", "workflow_revisions_labels"),
+    ("update workflow_revisions set labels = '{\"count\": 1}'", "workflow_revisions_labels"),
     ("update run_attempts set status = 'running'", "run_attempts_status_known"),
     ("update run_attempts set finished_at = started_at - interval '1 s'", "run_attempts_finish_after_start"),
     ("insert into run_logs (fence, stream, seq, text) values (1, 'stdin', 1, '')", "run_logs_stream_known"),
@@ -122,7 +126,7 @@ async fn uncommented(test: &TestDb) -> Vec<String> {
         "select found.name from (
              select c.relname || '.' || a.attname as name, col_description(c.oid, a.attnum) as comment
              from pg_class c join pg_attribute a on a.attrelid = c.oid
-             where c.relnamespace = current_schema::regnamespace and c.relkind in ('r', 'p')
+             where c.relnamespace = current_schema::regnamespace and c.relkind in ('r', 'p', 'v')
                and c.relname <> '_sqlx_migrations' and a.attnum > 0 and not a.attisdropped
              union all
              select c.relname, obj_description(c.oid, 'pg_class')
@@ -150,12 +154,15 @@ async fn everything_in_the_schema_has_a_comment() {
     // The query itself would notice.
     sqlx::raw_sql(
         "alter table run_logs add column bare integer;
-         create view bare_view as select 1;
+         create view bare_view as select 1 as nothing;
          create sequence bare_sequence;
          create function bare_function() returns integer language sql as 'select 1'",
     )
     .execute(&test.sql)
     .await
     .unwrap();
-    assert_eq!(uncommented(&test).await, ["bare_function()", "bare_sequence", "bare_view", "run_logs.bare"]);
+    assert_eq!(
+        uncommented(&test).await,
+        ["bare_function()", "bare_sequence", "bare_view", "bare_view.nothing", "run_logs.bare"]
+    );
 }

@@ -21,6 +21,7 @@ mod text;
 use std::time::Duration;
 
 use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -50,7 +51,7 @@ pub struct Invocation<'a> {
     /// The fence of this attempt's lease, told to the command as `SINGLETRACK_FENCE`.
     pub fence: i64,
     /// Written to standard input as one line of JSON (`null` where there is none), then end of file.
-    pub input: Option<&'a Value>,
+    pub input: Option<&'a RawValue>,
     /// From the call of [`run`] to the first signal; does not count the time this host is suspended.
     pub time_limit: Duration,
     /// Between TERM and KILL.
@@ -149,6 +150,9 @@ fn stopped(cause: StopCause, exit_code: Option<i32>, output: Option<Value>, time
         }
         StopCause::Cancel => (Verdict::Cancelled, "requested", "cancelled on request".to_owned()),
         StopCause::Shutdown => (Verdict::Stale, "shutdown", "stopped because its worker shut down".to_owned()),
+        StopCause::Unrenewed => {
+            (Verdict::Stale, "worker_lost", "stopped because its worker could not renew the lease".to_owned())
+        }
         StopCause::LeaseLost => (Verdict::Stale, "worker_lost", "killed because its worker lost the lease".to_owned()),
     };
     Outcome { verdict, reason: Some(reason.to_owned()), exit_code, output, error: Some(error) }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::io::AsyncWriteExt;
 use tokio::process::{ChildStderr, ChildStdin, ChildStdout, Command as Process};
 use tokio::sync::watch;
@@ -66,10 +66,10 @@ pub(super) async fn start(invocation: &Invocation<'_>) -> Result<Started, StartE
 }
 
 /// Writes the input, then end of file. A command that never reads it, or closes it, is none the worse.
-pub(super) async fn feed(stdin: Option<ChildStdin>, input: Option<&Value>, mut phase: watch::Receiver<Phase>) {
+pub(super) async fn feed(stdin: Option<ChildStdin>, input: Option<&RawValue>, mut phase: watch::Receiver<Phase>) {
     let Some(mut stdin) = stdin else { return };
     // The newline is for a shell's `read`, which fails on a line without one.
-    let text = format!("{}\n", input.unwrap_or(&Value::Null));
+    let text = format!("{}\n", input.map_or("null", RawValue::get));
     tokio::select! {
         written = stdin.write_all(text.as_bytes()) => {
             if let Err(error) = written {

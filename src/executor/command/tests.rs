@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Pid, test_kill_process};
-use serde_json::{Value, json};
+use serde_json::json;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
@@ -23,7 +24,7 @@ const SOON: Duration = Duration::from_secs(8);
 
 struct Bench {
     command: Command,
-    input: Option<Value>,
+    input: Option<Box<RawValue>>,
     time_limit: Duration,
     limits: Limits,
     folder: PathBuf,
@@ -70,7 +71,7 @@ impl Bench {
             workflow_id: "deploy@prod",
             attempt: 2,
             fence: 77,
-            input: self.input.as_ref(),
+            input: self.input.as_deref(),
             time_limit: self.time_limit,
             kill_grace: GRACE,
             limits: self.limits,

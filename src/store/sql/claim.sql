@@ -6,6 +6,8 @@ with due as materialized (
       and available_at <= now()
       and executor_type = any($3::text[])
       and ($2::text[] is null or queue = any($2::text[]))
+      -- A larger one, put there by hand or by a restore, would make the update below fail for all of them.
+      and fence <= (select last_value from run_fence)
     order by priority desc, available_at, id
     limit $4
     for update skip locked
@@ -18,7 +20,7 @@ claimed as (
         fence = nextval('run_fence'),
         lease_secret = gen_random_uuid(),
         worker = $1,
-        -- never before the finish of the workflow's run before it: the database's clock may have been set back
+        -- never before the finish of the workflow's run before it, though the database's clock may have been set back
         started_at = greatest(now(), (
             select p.finished_at
             from test_runs p
@@ -35,12 +37,24 @@ claimed as (
     where r.id = due.id and r.status = 'queued'
     returning r.*
 ),
+-- There the lease begins now all the same, or its silence would be noticed late.
+leased as (
+    insert into run_leases as l (run_id, fence, heartbeat_at)
+    select id, fence, now()
+    from claimed
+    where started_at > now()
+    order by id
+    on conflict (run_id) do update
+    set fence = excluded.fence, heartbeat_at = excluded.heartbeat_at
+),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor)
     select id, 'queued', 'running', attempt, fence, worker
     from claimed
 )
-select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!", v.executor
+select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!",
+       -- Without its revision it can't be executed, and must be ended by whoever has claimed it.
+       coalesce(v.executor, 'null') as "executor!"
 from claimed c
-join workflow_revisions v on v.workflow_id = c.definition and v.revision = c.revision
+left join workflow_revisions v on v.workflow_id = c.definition and v.revision = c.revision
 order by c.priority desc, c.available_at, c.id

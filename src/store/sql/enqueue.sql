@@ -21,11 +21,11 @@ known as materialized (
 holder as materialized (
     select r.workflow_id, r.id as run_id, r.status, r.reason, r.created_at, r.started_at, r.requested_by,
            case when r.status = 'running'
-                then extract(epoch from now() - greatest(l.heartbeat_at, r.started_at))::float8
+                then greatest(extract(epoch from now() - coalesce(l.heartbeat_at, r.started_at))::float8, 0)
            end as heartbeat_age_seconds
     from entry e
     join test_runs r on r.workflow_id = e.workflow_id and r.status in ('queued', 'running')
-    left join run_leases l on l.run_id = r.id
+    left join run_leases l on l.run_id = r.id and l.fence >= r.fence
 ),
 inserted as (
     insert into test_runs (id, workflow_id, definition, revision, status, executor_type, queue, priority, labels, input,

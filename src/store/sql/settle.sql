@@ -22,7 +22,7 @@ settled as (
         output = h.output,
         error = h.error,
         settled_fence = r.fence,
-        lease_secret = null,
+        lease_secret = case when h.secret is not null then r.lease_secret end, -- to know its repetition by
         version = r.version + 1
     from held h
     where r.id = h.run_id and r.status = 'running' and r.fence = h.fence
@@ -32,6 +32,7 @@ attempted as (
     insert into run_attempts (run_id, fence, attempt, status, reason, worker, started_at, finished_at, exit_code, error)
     select id, fence, attempt, status, reason, worker, started_at, finished_at, exit_code, error
     from settled
+    on conflict do nothing -- a slot must come free, whatever was done to its run by hand
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
@@ -39,7 +40,7 @@ recorded as (
     from settled
 )
 select s.status as "recorded?: Status",
-       coalesce(r.settled_fence = g.fence and r.status <> 'running', false) as "already!",
+       coalesce(r.settled_fence = g.fence and r.lease_secret = g.secret and r.status <> 'running', false) as "already!",
        r.status as "current?: Status"
 from given g
 left join settled s on s.id = g.run_id and s.fence = g.fence

@@ -1,0 +1,44 @@
+with given as materialized (
+    select *
+    from unnest($1::uuid[], $2::bigint[], $3::uuid[]) with ordinality as g (run_id, fence, secret, position)
+),
+held as materialized (
+    select g.position, r.id, r.fence, r.cancel_requested_at is not null as cancel_requested
+    from given g
+    join test_runs r on r.id = g.run_id and r.status = 'running' and r.fence = g.fence and r.lease_secret = g.secret
+),
+locked as materialized (
+    select l.run_id
+    from run_leases l
+    join held h on h.id = l.run_id
+    order by l.run_id -- two batches that lock in different orders deadlock
+    for update of l skip locked
+),
+renewed as (
+    update run_leases l
+    set fence = h.fence, heartbeat_at = now()
+    from held h
+    join locked k on k.run_id = h.id
+    where l.run_id = h.id and l.fence <= h.fence -- a larger one is the reaper's: it shut this claim out meanwhile
+    returning l.run_id
+),
+-- The first renewal of a run. Where somebody else was faster, the next one tells.
+begun as (
+    insert into run_leases (run_id, fence, heartbeat_at)
+    select id, fence, now()
+    from held h
+    where not exists (select from run_leases l where l.run_id = h.id)
+    order by id
+    on conflict do nothing
+    returning run_id
+)
+select (h.id is not null) as "current!",
+       (n.run_id is not null or b.run_id is not null) as "renewed!",
+       (k.run_id is not null) as "locked!",
+       coalesce(h.cancel_requested, false) as "cancel_requested!"
+from given g
+left join held h on h.position = g.position
+left join locked k on k.run_id = h.id
+left join renewed n on n.run_id = h.id
+left join begun b on b.run_id = h.id
+order by g.position
