@@ -92,7 +92,7 @@ async fn a_command_dies_with_the_service() {
 async fn input_is_one_line_of_json_and_null_without() {
     let mut bench = shell("read -r line && printf 'got %s\\n' \"$line\" && cat");
     assert_eq!(bench.run().await.text(Stream::Stdout), "got null\n");
-    bench.input = Some(to_raw_value(&json!({"a": "b\nc"})).unwrap());
+    bench.input = Some(to_raw_value(&json!({"a": "b\nc"})).expect("it is JSON"));
     assert_eq!(bench.run().await.text(Stream::Stdout), "got {\"a\":\"b\\nc\"}\n");
 }
 
@@ -100,7 +100,7 @@ async fn input_is_one_line_of_json_and_null_without() {
 async fn a_big_input_that_is_never_read_neither_hangs_nor_fails_the_run() {
     for script in ["exit 0", "exec <&-; echo closed", "exec 3<&0; setsid sleep 5 <&3 >/dev/null 2>&1 & exit 0"] {
         let mut bench = shell(script);
-        bench.input = Some(to_raw_value(&"x".repeat(4 << 20)).unwrap());
+        bench.input = Some(to_raw_value(&"x".repeat(4 << 20)).expect("it is JSON"));
         let seen = bench.run().await;
         assert!(seen.succeeded(), "{script}: {}", seen.error());
         assert!(seen.took < Duration::from_secs(4), "{script}: {:?}", seen.took);
@@ -110,7 +110,7 @@ async fn a_big_input_that_is_never_read_neither_hangs_nor_fails_the_run() {
 #[tokio::test]
 async fn a_big_input_is_read_while_the_command_prints_as_much() {
     let mut bench = program(&["cat"]);
-    bench.input = Some(to_raw_value(&"y".repeat(4 << 20)).unwrap());
+    bench.input = Some(to_raw_value(&"y".repeat(4 << 20)).expect("it is JSON"));
     bench.limits.log_bytes = 8 << 20;
     let seen = bench.run().await;
     assert_eq!(seen.text(Stream::Stdout).len(), (4 << 20) + 3);
