@@ -27,6 +27,7 @@ use tower_http::request_id::{MakeRequestUuid, RequestId};
 use tower_http::trace::TraceLayer;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use crate::store::Db;
 
@@ -136,6 +137,11 @@ fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
 fn span<B>(request: &Request<B>) -> tracing::Span {
     let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
     tracing::info_span!("request", http.method = %request.method(), http.path = request.uri().path(), http.request_id = id)
+}
+
+/// Where a run is read.
+fn run_path(run_id: Uuid) -> String {
+    format!("/api/v1/runs/{run_id}")
 }
 
 /// Runs a write to its end even when the client hangs up: axum drops a handler whose client is gone, and a statement that

@@ -8,7 +8,7 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::domain::Holder;
+use crate::domain::{Holder, WorkflowId};
 use crate::store;
 
 /// What `type` begins with; the cause follows.
@@ -132,6 +132,10 @@ impl Problem {
 
     pub(super) fn not_found(what: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not-found", "There is no such thing").with_detail(what)
+    }
+
+    pub(super) fn no_workflow(id: &WorkflowId) -> Self {
+        Self::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."))
     }
 
     pub(super) fn invalid(errors: Vec<Mistake>) -> Self {
@@ -278,7 +282,7 @@ impl IntoResponse for Problem {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after));
         }
         if let (Some(run_id), Some(_)) = (self.run_id, &self.holder)
-            && let Ok(location) = HeaderValue::try_from(super::runs::path(run_id))
+            && let Ok(location) = HeaderValue::try_from(super::run_path(run_id))
         {
             headers.insert(header::LOCATION, location);
         }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::extract::{Actor, Id, Json, Params, preferred_wait, refuse_headers};
 use super::page::{Page, Wanted};
 use super::problem::{Mistake, Place, Problem};
-use super::{Api, to_its_end, workflows};
+use super::{Api, run_path, to_its_end};
 use crate::domain::workflow::{check_labels, check_priority};
 use crate::domain::{Run, Status, WorkflowId};
 use crate::store::enqueue::{Enqueued, Request, enqueue as enqueue_all};
@@ -28,11 +28,6 @@ const TAG: &str = "runs";
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// How often an enqueue whose outcome is unknown is repeated.
 const REPEATS: usize = 3;
-
-/// Where a run is read.
-pub(super) fn path(run_id: Uuid) -> String {
-    format!("/api/v1/runs/{run_id}")
-}
 
 /// What an enqueue may say.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
@@ -94,7 +89,7 @@ pub(super) async fn enqueue(
     let NewRun { input, priority, labels } = new;
     let request = Request { id: Uuid::now_v7(), workflow_id, input, priority, labels, requested_by };
     let run = start(&api, request).await?;
-    let location = [(header::LOCATION, path(run.id))];
+    let location = [(header::LOCATION, run_path(run.id))];
     Ok((StatusCode::ACCEPTED, location, axum::Json(run)).into_response())
 }
 
@@ -109,7 +104,7 @@ pub(super) async fn start(api: &Api, request: Request) -> Result<Run, Problem> {
             Ok(run)
         }
         Ok(Enqueued::SlotTaken(holder)) => Err(Problem::slot_taken(holder)),
-        Ok(Enqueued::UnknownWorkflow) => Err(workflows::unknown(&workflow_id)),
+        Ok(Enqueued::UnknownWorkflow) => Err(Problem::no_workflow(&workflow_id)),
         Ok(Enqueued::Contended) => Err(Problem::contended()),
         Err(error) if error.outcome_unknown() => Err(Problem::outcome_unknown(&error, id)),
         Err(error) => Err(error.into()),

@@ -43,7 +43,7 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
               (status = 503, body = Problem)))]
 pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<axum::Json<Revision>, Problem> {
     let found = db.with(async |connection| workflows::get(connection, &id).await).await?;
-    found.map(axum::Json).ok_or_else(|| unknown(&id))
+    found.map(axum::Json).ok_or_else(|| Problem::no_workflow(&id))
 }
 
 /// Define a workflow
@@ -114,7 +114,7 @@ pub(super) async fn delete(
             Ok(StatusCode::NO_CONTENT)
         }
         Deleted::InUse(run_id) => Err(Problem::workflow_in_use(run_id)),
-        Deleted::Unknown => Err(unknown(&name)),
+        Deleted::Unknown => Err(Problem::no_workflow(&name)),
     }
 }
 
@@ -139,12 +139,7 @@ pub(super) async fn revisions(
     let rows =
         db.with(async |connection| workflows::revisions(connection, &id, wanted.after, wanted.rows()).await).await?;
     if rows.is_empty() && wanted.after.is_none() {
-        return Err(unknown(&id));
+        return Err(Problem::no_workflow(&id));
     }
     Ok(axum::Json(wanted.page(rows, |revision| revision.revision)))
-}
-
-/// What is said of a workflow that is not there.
-pub(super) fn unknown(id: &WorkflowId) -> Problem {
-    Problem::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."))
 }
