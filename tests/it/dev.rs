@@ -88,9 +88,11 @@ fn processes_of(folder: &Path) -> Vec<i32> {
     pids.filter(named).collect()
 }
 
-/// Runs a `dev` that is expected to refuse.
-fn refused(mut command: Command) -> String {
-    let Output { status, stdout, stderr } = command.output().unwrap();
+/// Runs a `dev` that is expected to refuse; what it says.
+async fn refused(command: Command) -> String {
+    let mut command = tokio::process::Command::from(command);
+    let output = tokio::time::timeout(LIMIT, command.kill_on_drop(true).output());
+    let Output { status, stdout, stderr } = output.await.expect("it ends by itself").unwrap();
     let error = String::from_utf8(stderr).unwrap();
     assert_eq!(status.code(), Some(1), "{error}");
     assert!(!String::from_utf8_lossy(&stdout).contains("API"), "it must not look as if it ran");
@@ -163,20 +165,20 @@ async fn what_keeps_it_from_starting_is_said_in_one_line() {
     let folder = empty_folder("dev-busy");
     let mut first = Dev::start(dev(&folder));
 
-    let error = refused(dev(&folder));
+    let error = refused(dev(&folder)).await;
     assert!(error.contains(&format!("another singletrack (pid {}) uses", first.process.child.id())), "{error}");
     assert!(error.contains("stop it first"), "{error}");
 
     let port = first.process.client.base.strip_prefix("http://").unwrap().to_owned();
     let mut command = singletrack(&["dev", "--listen", &port, "--data-dir"]);
     command.arg(empty_folder("dev-unused"));
-    let error = refused(command);
+    let error = refused(command).await;
     assert!(error.contains(&format!("can't listen on {port}")) && error.contains("--listen"), "{error}");
     assert!(!empty_folder("dev-unused").exists(), "nothing was touched");
 
     let mut command = dev(&empty_folder("dev-unused"));
     command.env("SINGLETRACK_PG_BIN", "/nonexistent");
-    let error = refused(command);
+    let error = refused(command).await;
     assert!(error.contains("no usable Postgres in /nonexistent") && error.contains("install Postgres"), "{error}");
 
     assert_eq!(first.process.client.get("/readyz").await.status, 200, "the first is none the worse");

@@ -117,8 +117,10 @@ async fn a_single_replica_that_was_killed_reaps_its_own_runs_when_it_is_back() {
     test.check().await;
 }
 
-const WORKFLOWS: usize = 12;
-const RUNS_EACH: usize = 8;
+const WORKFLOWS: usize = 8;
+/// Rivals for the slot of each workflow.
+const CALLERS: usize = 2;
+const RUNS_EACH: usize = 6;
 
 /// Enqueues runs of one workflow, asking each replica in turn, until enough were accepted.
 async fn keep_busy(clients: Vec<Client>, workflow: String) -> Vec<Uuid> {
@@ -148,10 +150,12 @@ async fn three_replicas_share_the_work_and_execute_each_run_once_and_none_beside
     for number in 0..WORKFLOWS {
         let workflow = format!("w{number}");
         scratch.define(&clients[0], &workflow, script).await;
-        busy.spawn(keep_busy(clients.clone(), workflow));
+        for _ in 0..CALLERS {
+            busy.spawn(keep_busy(clients.clone(), workflow.clone()));
+        }
     }
     let accepted: HashSet<Uuid> = busy.join_all().await.into_iter().flatten().collect();
-    assert_eq!(accepted.len(), WORKFLOWS * RUNS_EACH);
+    assert_eq!(accepted.len(), WORKFLOWS * CALLERS * RUNS_EACH);
     for id in &accepted {
         assert_eq!(clients[0].finished(*id).await["status"], "succeeded");
     }
