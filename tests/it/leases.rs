@@ -27,11 +27,16 @@ async fn a_worker_that_wakes_up_with_an_old_fence_changes_nothing() {
     assert!(heir.fence > zombie.fence);
 
     let before = everything(&test, heir.run_id).await;
-    for verdict in Verdict::ALL {
-        assert_eq!(settle_one(&test.db, zombie, verdict).await, Settled::Lost(Some(Status::Running)));
+    // The reaper acts by fence alone, so the fence alone must be enough to shut it out; as it must be for a secret that leaked.
+    let by_fence = Lease { secret: None, ..zombie };
+    let with_secret = Lease { secret: heir.secret, ..zombie };
+    for zombie in [zombie, by_fence, with_secret] {
+        for verdict in Verdict::ALL {
+            assert_eq!(settle_one(&test.db, zombie, verdict).await, Settled::Lost(Some(Status::Running)));
+        }
+        assert_eq!(renew(&test.db, &[zombie]).await, [Renewal::Lost]);
+        assert!(!release_one(&test.db, zombie).await);
     }
-    assert_eq!(renew(&test.db, &[zombie]).await, [Renewal::Lost]);
-    assert!(!release_one(&test.db, zombie).await);
     assert_eq!(everything(&test, heir.run_id).await, before);
     assert_eq!(settle_one(&test.db, heir, Verdict::Succeeded).await, Settled::Recorded(Status::Succeeded));
     assert_eq!(settle_one(&test.db, zombie, Verdict::Failed).await, Settled::Lost(Some(Status::Succeeded)));

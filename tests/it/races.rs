@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use serde_json::json;
 use singletrack::domain::{Run, Status, Verdict};
@@ -248,15 +247,16 @@ async fn an_open_transaction_of_one_workflow_keeps_that_one_busy_and_no_other() 
     plant::workflow(&test.sql, "free", &["true"]).await;
     let mut open = test.sql.begin().await.unwrap();
     enqueue_in(&mut open, &request("blocked")).await;
-    let since = Instant::now();
     let (db, blocked) = (test.db.clone(), request("blocked"));
     let sent = tokio::spawn(async move { send(&db, &blocked, false).await });
     until_blocked(&test, 1).await;
     accepted(&test.db, "free").await;
     assert!(!sent.is_finished(), "the other workflow waited for the blocked one");
     let error = sent.await.unwrap().unwrap_err();
-    assert!(matches!(error, Error::Busy(_)), "{error:?}");
-    assert!(!error.outcome_unknown() && since.elapsed() < LIMIT, "{error:?} after {:?}", since.elapsed());
+    assert!(!error.outcome_unknown(), "{error:?}");
+    let Error::Busy(cause) = error else { panic!("{error:?}") };
+    // Not the limit on statements, which is longer, and less clear about what happened.
+    assert_eq!(cause.as_database_error().unwrap().code().unwrap(), "55P03", "{cause:?}");
     open.rollback().await.unwrap();
     accepted(&test.db, "blocked").await;
     test.check().await;

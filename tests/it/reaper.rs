@@ -9,13 +9,13 @@ use singletrack::domain::{Lease, Status, Verdict};
 use singletrack::engine::Next;
 use singletrack::engine::reaper::{Reaper, Report};
 use singletrack::store::claim::Renewal;
-use singletrack::store::reap::sweep_leases;
+use singletrack::store::reap::{expire, sweep_leases};
 use singletrack::store::settle::Settled;
 use uuid::Uuid;
 
 use crate::support::calls::{LIMIT, attempts, events, renew, row, settle_one};
 use crate::support::database::TestDb;
-use crate::support::{eventually, plant};
+use crate::support::plant;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -93,11 +93,7 @@ async fn a_reaper_without_a_good_pass_for_too_long_begins_to_look_anew() {
     let mut blind = Reaper::new(test.db.clone(), &settings);
     let began = database_time(&test).await;
     // To this one each pass comes too late, so it never has seen silence for as long as the run may be silent.
-    eventually("two seconds of the database's clock", LIMIT, async || {
-        (database_time(&test).await - began > chrono::TimeDelta::seconds(2)).then_some(())
-    })
-    .await;
-    for _ in 0..3 {
+    while database_time(&test).await - began < chrono::TimeDelta::seconds(2) {
         let report = blind.pass().await.unwrap();
         assert!(report.ended.is_empty(), "{report:?}");
     }
@@ -185,7 +181,15 @@ async fn an_expired_run_that_can_not_be_ended_keeps_neither_the_expired_nor_the_
     // Passes that fail over the bad row would look like an outage, after which silence counts anew.
     let settings = config::Reaper { interval: HOUR, start_within: HOUR, blind_after: Duration::from_millis(500) };
     let mut reaper = Reaper::new(test.db.clone(), &settings);
-    assert_eq!(reaper.pass().await.unwrap().expired, expired);
+    let mut found = Vec::new();
+    // The refused batch may hold its locks for a moment after its answer, and what is locked is for the next pass.
+    let since = std::time::Instant::now();
+    while found.len() < expired.len() {
+        assert!(since.elapsed() < LIMIT, "expired only {found:?}");
+        found.extend(reaper.pass().await.unwrap().expired);
+    }
+    found.sort();
+    assert_eq!(found, expired);
     let silent = plant::overdue(&test, "silent", 1).await;
     assert_eq!(passes(&mut reaper, 1).await.ended, [silent.run_id]);
     test.check().await;
@@ -229,10 +233,13 @@ async fn runs_that_somebody_has_locked_are_ended_later_and_delay_no_others() {
         .execute(&mut *open)
         .await
         .unwrap();
+    // Were one to wait for the lock, its statement would fail at the lock timeout.
+    let both = [unstarted_locked, unstarted_free];
+    let expired = test.db.with(async |connection| expire(connection, 3600, &both).await).await.unwrap();
+    assert_eq!(expired, [unstarted_free]);
     let mut reaper = reaper(&test);
-    // A pass that waited for the lock would fail at the lock timeout.
     let report = passes(&mut reaper, 1).await;
-    assert_eq!((report.ended, report.expired), (vec![silent], vec![unstarted_free]));
+    assert_eq!((report.ended, report.expired), (vec![silent], vec![]));
     open.rollback().await.unwrap();
     let report = reaper.pass().await.unwrap();
     assert_eq!((report.ended, report.expired), (vec![locked], vec![unstarted_locked]));
