@@ -192,6 +192,10 @@ async fn a_renewal_that_is_under_way_while_the_reaper_shuts_it_out_is_lost() {
         let again = test.db.with(async |connection| Ok(seal_all(connection).await)).await.unwrap();
         assert!(again.iter().any(|sealed| sealed.lease.run_id == lease.run_id), "{again:?}");
     }
+    for lease in [never_renewed, renewed_before] {
+        let reaped = Lease { secret: None, ..lease };
+        assert_eq!(settle_one(&test.db, reaped, Verdict::Stale).await, Settled::Recorded(Status::Stale));
+    }
     test.check().await;
 }
 
