@@ -32,6 +32,7 @@ mod settings;
 mod shutdown;
 mod sqlx_data;
 mod storm;
+mod strays;
 mod tidy;
 mod transitions;
 mod views;

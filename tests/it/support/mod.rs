@@ -4,6 +4,7 @@ pub mod calls;
 pub mod database;
 pub mod plant;
 pub mod process;
+pub mod proxy;
 pub mod replica;
 pub mod scratch;
 
