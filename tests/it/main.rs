@@ -10,6 +10,7 @@
 mod support;
 
 mod by_hand;
+mod claims;
 mod commands;
 mod crowds;
 mod definitions;

@@ -20,7 +20,7 @@ use crate::support::plant;
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// A reaper that has seen nothing yet and takes no gap between two passes for an outage.
-fn reaper(test: &TestDb) -> Reaper {
+pub fn reaper(test: &TestDb) -> Reaper {
     Reaper::new(test.db.clone(), &config::Reaper { interval: HOUR, start_within: HOUR, blind_after: HOUR })
 }
 
