@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::support::database::TestDb;
 use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
-use crate::support::scratch::{Scratch, is_alive};
+use crate::support::scratch::{Scratch, gone, is_alive};
 
 /// For what happens at once, on a machine that does other things too.
 const SOON: Duration = Duration::from_secs(10);
@@ -112,6 +112,43 @@ async fn force_release_frees_the_slot_at_once_and_the_old_worker_counts_for_noth
     assert_eq!(call(&test, row, id).await, "stale forced stuck for an hour");
     let attempts = "select string_agg(status || ' ' || reason, ', ') from run_attempts where run_id = $1";
     assert_eq!(call(&test, attempts, id).await, "stale forced");
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_queued_again_while_its_command_runs_is_run_anew_by_the_same_worker() {
+    let (test, scratch) = (TestDb::new().await, Scratch::new());
+    let replica = Replica::start(&test).await;
+    let script = "if [ ! -e first ]; then echo $$ > first; until [ -e never ]; do sleep 0.05; done; fi
+                  echo $$ > second; until [ -e release ]; do sleep 0.05; done";
+    scratch.define(&replica.client, "w", script).await;
+    let id = replica.client.enqueue("w").await.run_id();
+    let first = scratch.pid("first").await;
+
+    let again = "update test_runs
+                 set status = 'queued', lease_secret = null, worker = null, started_at = null, attempt = 0,
+                     settled_fence = fence
+                 where id = $1 returning 'queued again'";
+    call(&test, again, id).await;
+    let second = scratch.pid("second").await;
+    // Its next renewal tells the old attempt, which then leaves; the new one is renewed all the same.
+    gone(first, SOON).await;
+    let renewed = "select coalesce((select heartbeat_at::text from run_leases l join test_runs r on r.id = l.run_id
+                                    where r.id = $1 and l.fence = r.fence), '')";
+    for time in ["first", "second", "third"] {
+        let before = call(&test, renewed, id).await;
+        eventually(&format!("it is renewed a {time} time"), SOON, || async {
+            (call(&test, renewed, id).await != before).then_some(())
+        })
+        .await;
+    }
+    assert!(is_alive(second));
+    scratch.touch("release");
+    let run = replica.client.finished(id).await;
+    assert_eq!((&run["status"], &run["attempt"]), (&json!("succeeded"), &json!(1)), "{run}");
+    let attempts = "select string_agg(status, ', ' order by fence) from run_attempts where run_id = $1";
+    assert_eq!(call(&test, attempts, id).await, "released, succeeded");
+    replica.finish().await;
     test.check().await;
 }
 

@@ -11,13 +11,13 @@ use crate::support::plant;
 
 /// How a statement was refused.
 #[derive(Debug)]
-struct Refusal {
-    constraint: String,
-    hint: String,
+pub struct Refusal {
+    pub constraint: String,
+    pub hint: String,
 }
 
 /// Runs a statement about a run, which has to be refused and to change nothing.
-async fn refusal(test: &TestDb, run_id: Uuid, statement: &'static str) -> Refusal {
+pub async fn refusal(test: &TestDb, run_id: Uuid, statement: &'static str) -> Refusal {
     let before = row(&test.sql, run_id).await;
     let error = sqlx::query(statement).bind(run_id).execute(&test.sql).await.expect_err(statement);
     let error = error.into_database_error().unwrap();
@@ -29,7 +29,7 @@ async fn refusal(test: &TestDb, run_id: Uuid, statement: &'static str) -> Refusa
     }
 }
 
-async fn allow(test: &TestDb, run_id: Uuid, statement: &'static str) {
+pub async fn allow(test: &TestDb, run_id: Uuid, statement: &'static str) {
     let done = sqlx::query(statement).bind(run_id).execute(&test.sql).await.unwrap();
     assert_eq!(done.rows_affected(), 1, "{statement}");
 }
