@@ -16,6 +16,7 @@ mod crowds;
 mod definitions;
 mod dev;
 mod enqueue;
+mod expiry;
 mod fences;
 mod guards;
 mod leases;
