@@ -73,6 +73,43 @@ async fn an_outcome_is_recorded_once_and_the_first_one_stands() {
     test.check().await;
 }
 
+#[tokio::test]
+async fn a_worker_that_settles_after_its_run_was_ended_over_its_head_is_not_told_that_it_was_recorded() {
+    let test = TestDb::new().await;
+    let reaped = plant::run(&test, "reaped", Status::Running).await;
+    let of_the_reaper = Lease { secret: None, ..reaped };
+    assert_eq!(settle_one(&test.db, of_the_reaper, Verdict::Stale).await, Settled::Recorded(Status::Stale));
+    let forced = plant::run(&test, "forced", Status::Running).await;
+    sqlx::query("select force_release_run($1, 'stuck')").bind(forced.run_id).execute(&test.sql).await.unwrap();
+    for lease in [reaped, forced] {
+        let before = everything(&test, lease.run_id).await;
+        for verdict in [Verdict::Stale, Verdict::Succeeded] {
+            assert_eq!(settle_one(&test.db, lease, verdict).await, Settled::Lost(Some(Status::Stale)));
+        }
+        assert_eq!(renew(&test.db, &[lease]).await, [Renewal::Lost]);
+        assert_eq!(everything(&test, lease.run_id).await, before);
+    }
+    // Nor is the next reaper, which acts by fence alone and must not report an end that it did not bring.
+    assert_eq!(settle_one(&test.db, of_the_reaper, Verdict::Stale).await, Settled::Lost(Some(Status::Stale)));
+    test.check().await;
+}
+
+#[tokio::test]
+async fn that_it_is_recorded_is_told_to_the_lease_that_recorded_it_and_to_no_other() {
+    let test = TestDb::new().await;
+    let lease = plant::run(&test, "w", Status::Running).await;
+    let thief = Lease { secret: Some(Uuid::new_v4()), ..lease };
+    let reaper = Lease { secret: None, ..lease };
+    assert_eq!(settle_one(&test.db, lease, Verdict::Succeeded).await, Settled::Recorded(Status::Succeeded));
+    let before = everything(&test, lease.run_id).await;
+    assert_eq!(settle_one(&test.db, lease, Verdict::Succeeded).await, Settled::Already(Status::Succeeded));
+    for other in [thief, reaper] {
+        assert_eq!(settle_one(&test.db, other, Verdict::Succeeded).await, Settled::Lost(Some(Status::Succeeded)));
+    }
+    assert_eq!(everything(&test, lease.run_id).await, before);
+    test.check().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_outcome_that_waited_for_its_own_lost_record_is_told_that_it_is_recorded() {
     let test = TestDb::new().await;
@@ -154,6 +191,29 @@ async fn renewals_leave_the_row_of_the_run_alone_and_pass_by_its_locks() {
     }
     open.rollback().await.unwrap();
     assert_eq!(versions().await, before, "a renewal wrote to test_runs");
+    test.check().await;
+}
+
+#[tokio::test]
+async fn a_lease_that_somebody_has_locked_is_tried_again_and_delays_no_other() {
+    let test = TestDb::new().await;
+    let mut leases = Vec::new();
+    for number in 0..5 {
+        leases.push(plant::run(&test, &format!("w{number}"), Status::Running).await);
+    }
+    assert_eq!(renew(&test.db, &leases).await, vec![Renewal::Held; 5]);
+    let mut expected = vec![Renewal::Held; 5];
+    expected[2] = Renewal::Busy;
+    for mode in ["select from run_leases where run_id = $1 for update", "delete from run_leases where run_id = $1"] {
+        let mut open = test.sql.begin().await.unwrap();
+        sqlx::query(mode).bind(leases[2].run_id).execute(&mut *open).await.unwrap();
+        // Were it to wait, the lock timeout would refuse all.
+        for _ in 0..3 {
+            assert_eq!(renew(&test.db, &leases).await, expected, "{mode}");
+        }
+        open.rollback().await.unwrap();
+        assert_eq!(renew(&test.db, &leases).await, vec![Renewal::Held; 5]);
+    }
     test.check().await;
 }
 
