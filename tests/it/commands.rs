@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::database::TestDb;
 use crate::support::process::{Process, SHORT_LEASE};
-use crate::support::replica::{Client, Replica, short_lease};
+use crate::support::replica::{Answer, Client, Replica, short_lease};
 use crate::support::scratch::{Scratch, gone, is_alive};
 
 /// For what happens at once, on a machine that does other things too.
@@ -147,6 +147,33 @@ async fn the_input_comes_on_standard_input_as_one_line_of_json() {
         // A shell's `read` takes the backslash of \n away.
         let expected = if input.is_object() { json!({"name": "wörld", "lines": "anb"}) } else { input };
         assert_eq!(run["output"], json!({"got": expected, "more": 0}));
+    }
+    replica.finish().await;
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_at_the_edge_of_what_can_be_said_go_from_the_caller_to_the_command_and_back() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    let client = &replica.client;
+    client.define("w", "read line; echo \"{\\\"got\\\": $line}\"").await;
+    let numbers =
+        ["1.7976931348623157e308", "-1e308", "1e-320", "2.2250738585072014e-308", "0.1", "18446744073709551615"];
+    for number in numbers {
+        let body = format!("{{\"input\": [{number}]}}");
+        let request = client.request(reqwest::Method::POST, "/api/v1/workflows/w/runs");
+        let accepted = Answer::of(request.header("Content-Type", "application/json").body(body)).await.unwrap();
+        assert_eq!(accepted.status, 202, "{number}: {accepted:?}");
+        let run = client.finished(accepted.run_id()).await;
+        assert_eq!(run["status"], "succeeded", "{run}");
+        let sent: Value = serde_json::from_str(&format!("[{number}]")).unwrap();
+        let same = |told: &Value| told[0].as_f64() == sent[0].as_f64() && (!sent[0].is_u64() || *told == sent);
+        for told in [&accepted.body["input"], &run["input"], &run["output"]["got"]] {
+            assert!(same(told), "{number} became {told}");
+        }
+        let list = client.get("/api/v1/runs?limit=1").await;
+        assert!(list.status == 200 && same(&list.body["items"][0]["input"]), "{list:?}");
     }
     replica.finish().await;
     test.check().await;

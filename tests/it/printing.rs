@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
+use reqwest::Method;
 use serde_json::json;
 use singletrack::config::Settings;
+use singletrack::domain::Status;
 use uuid::Uuid;
 
 use crate::support::database::TestDb;
+use crate::support::plant;
 use crate::support::process::{Process, SHORT_LEASE};
 use crate::support::replica::{Client, Replica, short_lease};
 
@@ -69,6 +72,34 @@ async fn only_an_object_in_the_last_line_of_standard_output_is_the_output() {
     ] {
         let (_, run) = run(client, script).await;
         assert_eq!((&run["status"], &run["output"]), (&json!("succeeded"), &output), "{script}");
+    }
+    replica.finish().await;
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_as_deep_as_it_may_be_is_kept_and_read_again() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    let client = &replica.client;
+    // What is deeper is no JSON to us; as part of a run and of a list it stands a few levels deeper still.
+    for depth in [120, 127] {
+        let output = format!("{{\"deep\":{}{}}}", "[".repeat(depth - 1), "]".repeat(depth - 1));
+        client.define("w", &format!("echo '{output}'")).await;
+        let id = client.enqueue("w").await.run_id();
+        crate::support::eventually("it has succeeded", Duration::from_secs(30), || async {
+            (plant::status(&test.sql, id).await == Status::Succeeded).then_some(())
+        })
+        .await;
+        for path in [format!("/api/v1/runs/{id}"), "/api/v1/runs?limit=1".into()] {
+            let answer = client.request(Method::GET, &path).send().await.unwrap();
+            let (status, text) = (answer.status(), answer.text().await.unwrap());
+            let as_it_was = text.replace(' ', "").contains(&format!("\"output\":{output}"));
+            assert!(status == 200 && as_it_was, "{depth}, {path}: {status} {text}");
+        }
+        let shown = client.get(&format!("/api/script-run/{id}")).await;
+        assert_eq!((shown.status, &shown.body["status"]), (200, &json!("succeeded")), "{shown:?}");
+        assert_eq!(shown.body["result"].as_str().unwrap().replace(' ', ""), output);
     }
     replica.finish().await;
     test.check().await;
