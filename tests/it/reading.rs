@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use reqwest::Method;
 use serde_json::{Value, json};
 use singletrack::domain::{Lease, LogChunk, Status, Stream};
@@ -223,6 +225,46 @@ async fn a_cursor_is_good_for_the_list_it_came_from_only() {
     }
 }
 
+/// The cursor with another place in it, and the mark of its list.
+fn moved(cursor: &str, place: Value) -> String {
+    let cursor: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(cursor).unwrap()).unwrap();
+    URL_SAFE_NO_PAD.encode(json!([cursor[0], place]).to_string())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cursor_that_somebody_has_changed_is_refused_or_taken_and_is_no_fault_of_the_service() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let client = &replica.client;
+    skipped(&test.sql, 3).await;
+    for workflow in ["w", "other"] {
+        plant::workflow(&test.sql, workflow, &["true"]).await;
+    }
+    let cursor = async |path: &str| {
+        let page = client.get(&format!("{path}?limit=1")).await;
+        page.body["next_cursor"].as_str().unwrap_or_else(|| panic!("{page:?}")).to_owned()
+    };
+    let (runs, workflows) = (cursor("/api/v1/runs").await, cursor("/api/v1/workflows").await);
+    for (at, statuses) in [
+        ("2026-01-31T08:00:00Z", [200].as_slice()),
+        ("-5000-01-01T00:00:00Z", &[400, 422]),
+        ("-262142-01-01T00:00:00Z", &[400, 422]),
+        ("+262142-12-31T23:59:59Z", &[200, 400, 422]),
+        ("yesterday", &[400]),
+    ] {
+        for path in [
+            format!("/api/v1/runs?limit=1&cursor={}", moved(&runs, json!([at, NOBODY]))),
+            format!("/api/v1/workflows?limit=1&cursor={}", moved(&workflows, json!([at, "w"]))),
+        ] {
+            let answer = client.get(&path).await;
+            assert!(statuses.contains(&answer.status), "{at}: {answer:?}");
+        }
+    }
+    let nul = moved(&workflows, json!(["2026-01-31T08:00:00Z", "w\0"]));
+    let answer = client.get(&format!("/api/v1/workflows?cursor={nul}")).await;
+    assert!(matches!(answer.status, 400 | 422), "{answer:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_and_unknown_parameters_are_named() {
     let test = TestDb::new().await;
@@ -244,6 +286,11 @@ async fn wrong_and_unknown_parameters_are_named() {
         "status=",
         "since=yesterday",
         "until=2026-01-01",
+        // Postgres has no such years, or RFC 3339 has not.
+        "since=-5000-01-01T00:00:00Z",
+        "until=%2B262142-01-01T00:00:00Z",
+        "since=0000-12-31T23:59:59Z",
+        "until=%2B10000-01-01T00:00:00Z",
         "label=team",
         "workflow_id=a%20b",
         "definition=@",
