@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::support::database::{TestDb, own_postgres};
-use crate::support::replica::{Client, Replica, short_lease};
+use crate::support::replica::{Answer, Client, Replica, short_lease};
 use crate::support::{eventually, plant};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -147,4 +147,48 @@ async fn clients_that_hang_up_in_the_middle_leave_nothing_behind() {
     assert_eq!(replica.client.post("/api/v1/workflows/w/runs", json!({})).await.status, 409);
     test.check().await;
     replica.finish().await;
+}
+
+/// Puts these definitions of `w` all at once; what was answered, in the order of `words`.
+async fn put_at_once(client: &Client, words: Vec<String>) -> Vec<Answer> {
+    let putting = words.into_iter().map(|words| {
+        // A client of its own has a connection of its own.
+        let client = Client::new(client.base.clone());
+        let body = json!({"executor": {"type": "command", "argv": ["echo", words]}});
+        tokio::spawn(async move { client.put("/api/v1/workflows/w", body).await })
+    });
+    let mut answers = Vec::new();
+    for putting in putting.collect::<Vec<_>>() {
+        answers.push(putting.await.unwrap());
+    }
+    answers
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_edits_at_once_each_makes_one_revision_and_those_that_say_the_same_one_in_all() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    replica.client.define("w", "true").await;
+    let answers = put_at_once(&replica.client, (0..24).map(|number| format!("word {number}")).collect()).await;
+    let mut made = Vec::new();
+    for (number, answer) in answers.iter().enumerate() {
+        assert_eq!((answer.status, &answer.body["executor"]["argv"][1]), (200, &json!(format!("word {number}"))));
+        made.push(answer.body["revision"].as_i64().unwrap());
+    }
+    made.sort_unstable();
+    assert_eq!(made, (2..=25).collect::<Vec<_>>(), "in sequence, and none twice");
+
+    let answers = put_at_once(&replica.client, vec!["the same".to_owned(); 24]).await;
+    for answer in &answers {
+        assert_eq!((answer.status, &answer.body["revision"]), (200, &json!(26)), "{answer:?}");
+    }
+    assert_eq!(count(&test.sql, "select count(*) from workflow_revisions").await, 26);
+    assert_eq!(count(&test.sql, "select revision::bigint from workflows").await, 26);
+    // Of those that define what was not there, one at most has made it.
+    sqlx::query("update workflows set deleted_at = now()").execute(&test.sql).await.unwrap();
+    let answers = put_at_once(&replica.client, vec!["back".to_owned(); 24]).await;
+    let created = answers.iter().filter(|answer| answer.status == 201).count();
+    assert_eq!((created, count(&test.sql, "select revision::bigint from workflows").await), (1, 27), "{answers:?}");
+    replica.finish().await;
+    test.check().await;
 }

@@ -1,18 +1,20 @@
 //! SIGTERM: what was promised is kept, what was started is ended or finished, and nothing is left behind.
 
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use reqwest::Method;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::support::database::TestDb;
 use crate::support::eventually;
-use crate::support::process::{Process, SHORT_LEASE};
+use crate::support::process::{Process, SHORT_LEASE, singletrack};
 use crate::support::replica::{Answer, Client};
 use crate::support::scratch::{Scratch, is_alive};
 
@@ -168,6 +170,30 @@ async fn clients_that_wait_for_a_run_get_their_answer_when_the_replica_stops() {
     scratch.touch("release");
     assert_eq!(stopping.ended(SOON).await, 0);
     test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_database_takes_its_connection_and_never_answers_leaves_when_asked() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("postgres://nobody@{}/nothing?sslmode=disable", silent.local_addr().unwrap());
+    for migrate in ["auto", "off"] {
+        for command in ["serve", "worker"] {
+            let mut command = tokio::process::Command::from(singletrack(&[command]));
+            command
+                .env("DATABASE_URL", &url)
+                .env("SINGLETRACK_LISTEN", "127.0.0.1:0")
+                .env("SINGLETRACK_MIGRATE", migrate);
+            let mut child = command.stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap();
+            // It listens for signals before it connects.
+            let accepted = timeout(SOON, silent.accept()).await.unwrap().unwrap();
+            let asked = Instant::now();
+            kill_process(Pid::from_raw(child.id().unwrap().cast_signed()).unwrap(), Signal::TERM).unwrap();
+            let ended = timeout(Duration::from_secs(2), child.wait()).await;
+            let ended = ended.unwrap_or_else(|_| panic!("still there after {:?}, {migrate}", asked.elapsed())).unwrap();
+            assert_eq!(ended.code(), Some(0), "{migrate}");
+            drop(accepted);
+        }
+    }
 }
 
 /// Enqueues runs of one workflow at `client` until told to stop, or until nobody answers; what was accepted.
