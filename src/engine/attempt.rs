@@ -40,12 +40,13 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: Ow
     ctx.wake.notify_one();
 }
 
-async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, holding: Holding) {
+async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding) {
     let lease = claimed.lease;
     if ctx.hurry.is_cancelled() {
         return give_back(ctx, lease).await;
     }
     let started = Instant::now();
+    holding.begin();
     tracing::info!("attempt started");
     let outcome = match serde_json::from_value(claimed.executor.clone()) {
         Ok(Executor::Command(command)) => run_command(ctx, &claimed, &command, holding.stop.clone()).await,
@@ -54,7 +55,9 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, holding: Holding) {
             Outcome::because(Verdict::Failed, "unreadable", text)
         }
     };
-    record(ctx, lease, outcome, started.elapsed()).await;
+    if record(ctx, lease, outcome, started.elapsed()).await {
+        holding.end();
+    }
 }
 
 /// The replica must leave before the command was started: somebody else may start it.
@@ -114,20 +117,25 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
     }
 }
 
-/// Records the outcome. The record is repeated until the database takes it; the work never is.
-async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) {
+/// Records the outcome. The record is repeated until the database takes it; the work never is. Whether the database knows
+/// now that the attempt is over.
+async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bool {
     let verdict = outcome.verdict;
     let mut outcomes = [(lease, outcome)];
     let mut patience = Patience::default();
     loop {
         match ctx.db.with(async |connection| settle(connection, &outcomes, &ctx.name).await).await {
-            Ok(settled) => return report(&settled, verdict, took),
+            Ok(settled) => {
+                report(&settled, verdict, took);
+                return true;
+            }
             // As long as nobody says that the lease is lost it may hold: while the database is away nobody can take it.
             Err(error) if error.is_passing() && ctx.held.cause(lease) != Some(StopCause::LeaseLost) => {
                 patience.wait(&error).await;
             }
             Err(error) if error.is_passing() => {
-                return tracing::warn!(%error, "the lease was lost before the outcome could be recorded");
+                tracing::warn!(%error, "the lease was lost before the outcome could be recorded");
+                return false;
             }
             // It would be refused for ever, and the slot with it: record that, without what the command handed back.
             Err(error) if outcomes[0].1.reason.as_deref() != Some("unrecordable") => {
@@ -135,7 +143,10 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) {
                 let text = format!("the outcome could not be recorded: {error}");
                 outcomes[0].1 = Outcome::because(Verdict::Failed, "unrecordable", text.replace('\0', "\u{fffd}"));
             }
-            Err(error) => return tracing::error!(%error, "the outcome was refused; the reaper will end the run"),
+            Err(error) => {
+                tracing::error!(%error, "the outcome was refused; the reaper will end the run");
+                return false;
+            }
         }
     }
 }

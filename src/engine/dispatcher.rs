@@ -64,7 +64,7 @@ impl Dispatcher {
         Ok(Report { claimed: count, next: if count == free { Next::Again } else { Next::Rest } })
     }
 
-    /// Gives back what was claimed in this process's name and is not held: claimed while the replica began to stop, or by a
+    /// Gives back what was claimed in this process's name and never begun: claimed while the replica began to stop, or by a
     /// claim whose answer was lost. Nobody would start it, and it would go stale.
     pub async fn bring_back(&mut self) -> Result<(), store::Error> {
         let Some(since) = self.astray else { return Ok(()) };

@@ -1,6 +1,6 @@
 //! The leases this process holds, and their renewal.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -21,6 +21,9 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 #[derive(Default)]
 pub struct Held {
     leases: Mutex<HashMap<i64, HeldLease>>,
+    /// Fences of attempts that began and whose outcome could not be recorded: not held any more, and never to be given back
+    /// as if nothing had been started.
+    unrecorded: Mutex<HashSet<i64>>,
     changed: Notify,
 }
 
@@ -40,12 +43,30 @@ struct HeldLease {
 pub(super) struct Holding {
     held: Arc<Held>,
     fence: i64,
+    /// The attempt has begun, and nothing says yet that its run is over.
+    open: bool,
     /// Hears when the attempt has to end, and why.
     pub(super) stop: watch::Receiver<Option<StopCause>>,
 }
 
+impl Holding {
+    /// From now on something may have been started.
+    pub(super) fn begin(&mut self) {
+        self.open = true;
+    }
+
+    /// The database knows that the attempt is over.
+    pub(super) fn end(&mut self) {
+        self.open = false;
+    }
+}
+
 impl Drop for Holding {
     fn drop(&mut self) {
+        if self.open {
+            // Before it leaves the others, or it would be in neither for a moment.
+            self.held.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).insert(self.fence);
+        }
         self.held.lock().remove(&self.fence);
     }
 }
@@ -65,9 +86,11 @@ impl Held {
         self.len() == 0
     }
 
-    /// The fences held.
+    /// The fences under which something was started, or is about to be.
     pub(super) fn fences(&self) -> Vec<i64> {
-        self.lock().keys().copied().collect()
+        let mut fences: Vec<i64> = self.lock().keys().copied().collect();
+        fences.extend(self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).iter());
+        fences
     }
 
     /// Holds a lease that was claimed by a statement sent at `sent`, until the answer is dropped.
@@ -79,7 +102,7 @@ impl Held {
         // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
         self.fence_off();
         self.changed.notify_one();
-        Holding { held: self.clone(), fence: lease.fence, stop: stopped }
+        Holding { held: self.clone(), fence: lease.fence, open: false, stop: stopped }
     }
 
     /// Why the attempt under this lease has to end, if it has.

@@ -93,6 +93,39 @@ async fn what_a_claim_took_whose_answer_was_lost_is_given_back_and_executed_once
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_executed_and_whose_outcome_is_refused_is_not_taken_for_a_stray() {
+    let (test, scratch) = (TestDb::new().await, Scratch::new());
+    sqlx::raw_sql(
+        "create function refuse_poison() returns trigger language plpgsql as $$
+         begin raise exception 'this row is poisoned'; end $$;
+         create trigger poisoned before update on test_runs for each row
+         when (new.workflow_id = 'poison' and new.finished_at is not null) execute function refuse_poison()",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let proxy = Proxy::to(&test, CLAIMED);
+    // With one place, the next claim is sent when the attempt before it has been given up.
+    let (workers, heartbeat_timeout) = (Some("1".into()), Some("10m".into()));
+    let settings = singletrack::config::Settings { workers, heartbeat_timeout, ..short_lease() };
+    let replica = Replica::with(&proxy.test, settings).await;
+    scratch.define(&replica.client, "poison", "echo poison >> ran; echo $$ > pid").await;
+    scratch.define(&replica.client, "w", RUN).await;
+    let poisoned = replica.client.enqueue("poison").await.run_id();
+    scratch.pid("pid").await;
+
+    proxy.lose();
+    let id = replica.client.enqueue("w").await.run_id();
+    proxy.lost().await;
+    assert_eq!(replica.client.finished(id).await["status"], "succeeded");
+    assert_eq!(endings(&test, id).await, [json!("released"), json!("succeeded")]);
+    assert_eq!(scratch.read("ran"), format!("poison\n{id}\n"));
+    assert_eq!(plant::status(&test.sql, poisoned).await, Status::Running, "it was given back to be executed again");
+    replica.finish().await;
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_claimed_while_the_replica_began_to_stop_is_given_back_before_it_leaves() {
     let (test, scratch) = (TestDb::new().await, Scratch::new());
     let proxy = Proxy::to(&test, CLAIMED);
