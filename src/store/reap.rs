@@ -57,14 +57,28 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
             left join run_leases l on l.run_id = r.id and l.fence >= r.fence -- a smaller one is of an attempt before
             where r.status = 'running'
         ),
-        overdue as materialized (
+        due as materialized (
             select o.id, o.fence, o.heard_at, greatest(o.heard_at, since.at) + o.patience < now() as silent
             from looked_at o
             cross join since
-            join test_runs r on r.id = o.id and r.fence = o.fence and r.status = 'running'
             where greatest(o.heard_at, since.at) + o.patience < now()
                or greatest(o.ends_at, since.at) + o.patience < now()
-            order by o.id
+        ),
+        -- The lease first, then the run. What somebody has locked is for a later pass, and keeps no other.
+        leased as materialized (
+            select l.run_id
+            from run_leases l
+            join due d on d.id = l.run_id
+            order by l.run_id
+            limit $2
+            for update of l skip locked
+        ),
+        overdue as materialized (
+            select d.id, d.fence, d.heard_at, d.silent
+            from due d
+            join test_runs r on r.id = d.id and r.fence = d.fence and r.status = 'running'
+            where d.id in (select run_id from leased) or not exists (select from run_leases l where l.run_id = d.id)
+            order by d.id
             limit $2
             for update of r skip locked
         ),

@@ -246,6 +246,27 @@ async fn runs_that_somebody_has_locked_are_ended_later_and_delay_no_others() {
     test.check().await;
 }
 
+#[tokio::test]
+async fn a_lease_that_somebody_has_locked_is_ended_later_and_delays_no_other() {
+    let test = TestDb::new().await;
+    let [locked, silent] = [plant::overdue(&test, "a", 1).await, plant::overdue(&test, "b", 1).await];
+    assert_eq!(renew(&test.db, &[locked, silent]).await, [Renewal::Held, Renewal::Held]);
+    for lease in [locked, silent] {
+        plant::silence(&test.sql, lease.run_id, 3600).await;
+    }
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::query("select from run_leases where run_id = $1 for update")
+        .bind(locked.run_id)
+        .execute(&mut *open)
+        .await
+        .unwrap();
+    let mut reaper = reaper(&test);
+    assert_eq!(passes(&mut reaper, 1).await.ended, [silent.run_id]);
+    open.rollback().await.unwrap();
+    assert_eq!(reaper.pass().await.unwrap().ended, [locked.run_id]);
+    test.check().await;
+}
+
 /// Makes a queued run look as if nobody had started it for `seconds`.
 async fn unstarted(test: &TestDb, run_id: Uuid, seconds: i32) {
     sqlx::query(
