@@ -131,6 +131,11 @@ create function force_release_run(run_id uuid, reason text) returns text languag
 declare
     run test_runs;
 begin
+    if coalesce(btrim(reason), '') = '' then
+        raise exception 'force_release_run needs a reason'
+            using errcode = 'invalid_parameter_value',
+                  hint = 'Say why in the second argument: it becomes the run''s error, for whoever reads the history.';
+    end if;
     select * into run from test_runs where id = force_release_run.run_id for update;
     if not found then
         return 'not-found';

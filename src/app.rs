@@ -77,6 +77,10 @@ pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow
                 tracing::info!(migrations = count, "brought the schema up to date");
                 Ok(())
             }
+            Err(migrate::Error::Unreachable(error)) => {
+                let (host, port) = (options.get_host(), options.get_port());
+                Err(anyhow::anyhow!("can't reach the database at {host}:{port} (DATABASE_URL): {error}"))
+            }
             Err(error) => Err(anyhow::Error::from(error).context(
                 "can't bring the schema up to date; somebody allowed to can run `singletrack migrate`, and this replica \
                  start with SINGLETRACK_MIGRATE=off",
@@ -148,6 +152,7 @@ pub async fn run(
     parts.all_ended(LAST_REQUESTS + Duration::from_secs(1)).await;
     ctx.db.close().await;
     ctx.lease_db.close().await;
+    tracing::info!("stopped");
     match failed {
         Some(name) => anyhow::bail!("the {name} ended unexpectedly"),
         None => Ok(()),
@@ -192,7 +197,11 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
 /// Lets attempts finish, then stops what still runs. Heartbeats go on all the while.
 async fn drain(ctx: &engine::Ctx, drain_timeout: Duration, kill_grace: Duration) {
     ctx.attempts.close();
-    tracing::info!(running = ctx.held.len(), "stopping: waiting for runs to finish");
+    let running = ctx.held.len();
+    if running > 0 {
+        let seconds = drain_timeout.as_secs();
+        tracing::info!(running, "waiting up to {seconds} s for runs to finish; asked again, they are stopped");
+    }
     tokio::select! {
         () = ctx.attempts.wait() => return,
         () = sleep(drain_timeout) => {}

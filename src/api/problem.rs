@@ -135,7 +135,13 @@ impl Problem {
     }
 
     pub(super) fn no_workflow(id: &WorkflowId) -> Self {
-        Self::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."))
+        let base = id.definition();
+        if base == id.as_str() {
+            return Self::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."));
+        }
+        Self::not_found(&format!(
+            "`{id}` is not defined by itself. Where `{base}` is, it runs with that definition: see /api/v1/workflows/{base}."
+        ))
     }
 
     pub(super) fn invalid(errors: Vec<Mistake>) -> Self {

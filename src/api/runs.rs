@@ -35,7 +35,6 @@ const REPEATS: usize = 3;
 pub(super) struct NewRun {
     /// Handed to the run: any JSON.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
     input: Option<serde_json::Value>,
     /// Its priority, where it is not the workflow's: -100 to 100, higher first.
     #[serde(default)]
@@ -131,6 +130,18 @@ async fn enqueue_surely(db: &Db, request: Request) -> Result<Enqueued, store::Er
         }
     }
     answer.map(|answers| answers.into_iter().next().unwrap_or(Enqueued::Contended))
+}
+
+/// A run's id in a path.
+pub(super) struct RunId(Uuid);
+
+impl FromStr for RunId {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |_| format!("`{}` is not a run id such as {}", text.escape_debug(), Uuid::nil());
+        text.parse().map(Self).map_err(wrong)
+    }
 }
 
 /// A label as `name=value`.
@@ -241,7 +252,11 @@ pub(super) async fn counts(
     responses((status = 200, body = Run,
                headers(("Preference-Applied" = String, description = "`wait=N`, when the answer may have been held"))),
               (status = 404, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
-pub(super) async fn get(State(api): State<Api>, Id(id): Id<Uuid>, headers: HeaderMap) -> Result<Response, Problem> {
+pub(super) async fn get(
+    State(api): State<Api>,
+    Id(RunId(id)): Id<RunId>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     let wait = preferred_wait(&headers, LONGEST_WAIT)?;
     // Without a place to wait the answer is given at once, and says so by not applying the preference.
     let place = wait.and_then(|_| api.facts.waiters.try_acquire().ok());
@@ -294,7 +309,10 @@ pub(super) struct Whole<T> {
     params(("id" = Uuid, Path, description = "Run id")),
     responses((status = 200, body = Whole<Attempt>), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn attempts(State(db): State<Db>, Id(id): Id<Uuid>) -> Result<axum::Json<Whole<Attempt>>, Problem> {
+pub(super) async fn attempts(
+    State(db): State<Db>,
+    Id(RunId(id)): Id<RunId>,
+) -> Result<axum::Json<Whole<Attempt>>, Problem> {
     read(&db, id).await?;
     let items = db.with(async |connection| runs::attempts(connection, id).await).await?;
     Ok(axum::Json(Whole { items }))
@@ -313,7 +331,7 @@ pub(super) async fn attempts(State(db): State<Db>, Id(id): Id<Uuid>) -> Result<a
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn events(
     State(db): State<Db>,
-    Id(id): Id<Uuid>,
+    Id(RunId(id)): Id<RunId>,
     mut params: Params,
 ) -> Result<axum::Json<Page<RunEvent>>, Problem> {
     let wanted = Wanted::<i64>::take(&mut params, &("events", id))?;
@@ -348,7 +366,7 @@ impl FromStr for Number {
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn logs(
     State(db): State<Db>,
-    Id(id): Id<Uuid>,
+    Id(RunId(id)): Id<RunId>,
     mut params: Params,
 ) -> Result<axum::Json<Page<LogEntry>>, Problem> {
     let attempt = params.one::<Number>("attempt")?.map(|Number(attempt)| attempt);

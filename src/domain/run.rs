@@ -40,8 +40,8 @@ pub struct Run {
     pub priority: i16,
     /// Free labels for filtering.
     pub labels: BTreeMap<String, String>,
-    /// What the caller handed over.
-    #[schema(value_type = Option<Object>)]
+    /// What the caller handed over: any JSON.
+    #[schema(value_type = Value)]
     pub input: Option<Box<RawValue>>,
     /// What its enqueue asked for when the slot is taken.
     #[schema(example = "reject")]

@@ -20,6 +20,11 @@ impl WorkflowId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The workflow whose definition it uses, unless it has one itself: what stands before the `@`.
+    pub fn definition(&self) -> &str {
+        self.0.split_once('@').map_or(self.as_str(), |(definition, _)| definition)
+    }
 }
 
 impl std::str::FromStr for WorkflowId {

@@ -15,12 +15,28 @@ pub fn newest() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default()
 }
 
+/// Why the schema could not be brought up to date.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no connection to be had.
+    #[error(transparent)]
+    Unreachable(sqlx::Error),
+    /// A migration was refused.
+    #[error(transparent)]
+    Refused(#[from] MigrateError),
+    /// Another statement was.
+    #[error(transparent)]
+    Failed(#[from] sqlx::Error),
+}
+
 /// Applies what is missing; returns how many migrations that were. Replicas that start at once take turns.
 ///
 /// On a connection of its own: sqlx holds a session lock while it migrates, and a cancelled migration would leave it held
 /// on a pooled connection.
-pub async fn migrate(options: &PgConnectOptions) -> Result<usize, MigrateError> {
-    let mut connection = options.connect().await?;
+pub async fn migrate(options: &PgConnectOptions) -> Result<usize, Error> {
+    let mut connection = options.connect().await.map_err(Error::Unreachable)?;
+    // Else each start says that the table of migrations is there already, as if that were news.
+    sqlx::query("set client_min_messages = warning").execute(&mut connection).await?;
     let before = applied(&mut connection).await?.unwrap_or_default();
     MIGRATIONS.run(&mut connection).await?;
     connection.close().await?;

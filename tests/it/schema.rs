@@ -94,7 +94,7 @@ async fn every_constraint_has_a_row_that_it_refuses() {
             .await;
             assert_eq!(refused_by(done).as_deref(), expected, "{status:?} {change}");
         }
-        sqlx::query("select cancel_run($1), force_release_run($1, '')")
+        sqlx::query("select cancel_run($1), force_release_run($1, 'done with it')")
             .bind(good.run_id)
             .execute(&test.sql)
             .await

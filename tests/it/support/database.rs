@@ -1,10 +1,12 @@
 //! One durable Postgres for the whole run, and a database of its own for each test, cloned from a migrated one.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
+use rustix::fs::{FlockOperation, flock};
 use singletrack::dev::{Options, Postgres};
 use singletrack::store::{Db, LIMIT, migrate};
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
@@ -14,6 +16,10 @@ const TEMPLATE: &str = "singletrack_template";
 
 /// Starts a Postgres of its own under `folder` of the build's temporary folder: for tests that stop and crash it.
 pub fn own_postgres(folder: &str) -> Postgres {
+    start(folder, false)
+}
+
+fn start(folder: &str, empty: bool) -> Postgres {
     let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
     // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root. One per version,
     // for no version starts on what another one left there.
@@ -21,7 +27,18 @@ pub fn own_postgres(folder: &str) -> Postgres {
     let data_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(version).join(folder);
     let settings = [("max_connections", "300"), ("shared_buffers", "128MB")];
     let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+    if empty {
+        remove_unused(&data_dir);
+    }
     Postgres::start(Options { data_dir, bin_dir, settings }).expect("a Postgres for the tests")
+}
+
+/// Removes what a run before left, unless another run uses it: dropping its databases one by one takes a checkpoint each.
+fn remove_unused(data_dir: &Path) {
+    let Ok(lock) = File::open(data_dir.join("lock")) else { return };
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+        std::fs::remove_dir_all(data_dir).unwrap();
+    }
 }
 
 /// What the programs in a folder say they are: `pg18`.
@@ -34,7 +51,7 @@ fn version(bin_dir: &Path) -> String {
 
 fn shared() -> MutexGuard<'static, Postgres> {
     static SHARED: OnceLock<Mutex<Postgres>> = OnceLock::new();
-    SHARED.get_or_init(|| Mutex::new(own_postgres("postgres"))).lock().unwrap()
+    SHARED.get_or_init(|| Mutex::new(start("postgres", true))).lock().unwrap()
 }
 
 /// A database of one test.
