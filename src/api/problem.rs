@@ -140,7 +140,7 @@ impl Problem {
             return Self::not_found(&format!("No workflow `{id}` is defined. PUT /api/v1/workflows/{id} defines it."));
         }
         Self::not_found(&format!(
-            "`{id}` is not defined by itself. Where `{base}` is, it runs with that definition: see /api/v1/workflows/{base}."
+            "`{id}` has no definition of its own: it runs with that of `{base}`, which PUT /api/v1/workflows/{base} makes."
         ))
     }
 
