@@ -85,6 +85,7 @@ async fn run_command(
         time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
         kill_grace: ctx.worker.kill_grace,
         limits: Limits { log_bytes: ctx.worker.log_bytes, output_bytes: ctx.worker.output_bytes },
+        may_start: &|| ctx.held.is_good(claimed.lease),
     };
     let (outcome, ()) = tokio::join!(command::run(invocation, log, stop), keep_log(ctx, claimed.lease, chunks));
     outcome

@@ -105,6 +105,12 @@ impl Held {
         Holding { held: self.clone(), fence: lease.fence, open: false, stop: stopped }
     }
 
+    /// Whether the attempt under this lease may go on, by the clock of this moment.
+    pub(super) fn is_good(&self, lease: Lease) -> bool {
+        self.fence_off();
+        self.cause(lease).is_none()
+    }
+
     /// Why the attempt under this lease has to end, if it has.
     pub(super) fn cause(&self, lease: Lease) -> Option<StopCause> {
         self.lock().get(&lease.fence).map_or(Some(StopCause::LeaseLost), |held| *held.stop.borrow())

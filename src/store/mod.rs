@@ -33,6 +33,9 @@ const SESSION: &str = "
            set_config('idle_in_transaction_session_timeout', '10s', false),
            set_config('default_transaction_isolation', 'read committed', false),
            set_config('TimeZone', 'UTC', false),
+           -- a client that is frozen, or gone, while it is sent what it claimed: the server commits after the sending, and
+           -- statement_timeout does not end that (TCP only)
+           set_config('tcp_user_timeout', '6s', false),
            -- an answer is given after the commit: it must survive a crash of the server
            set_config('synchronous_commit',
                case current_setting('synchronous_commit') when 'off' then 'on' else current_setting('synchronous_commit') end,

@@ -32,6 +32,7 @@ use crate::domain::workflow::Command;
 use capture::Phase;
 use group::Exit;
 use ladder::{End, Stop};
+use program::StartError;
 
 /// How long the tail of the log may wait for its reader once the command is over and nobody asked it to stop.
 const LOG_PATIENCE: Duration = Duration::from_secs(10);
@@ -58,6 +59,9 @@ pub struct Invocation<'a> {
     pub kill_grace: Duration,
     /// How much of what the command prints is kept.
     pub limits: Limits,
+    /// Asked directly before the process is started: a worker that was frozen until now may have lost the run meanwhile,
+    /// before anybody could say so on `stop`.
+    pub may_start: &'a (dyn Fn() -> bool + Sync),
 }
 
 /// How much of what a command prints is kept. Printing more never fails the command.
@@ -92,6 +96,7 @@ pub async fn run(
     };
     let started = match started {
         Ok(started) => started,
+        Err(StartError::TooLate) => return stopped(StopCause::Unrenewed, None, None, time_limit),
         Err(error) => return failed(None, None, error.to_string()),
     };
 

@@ -23,6 +23,8 @@ pub(super) struct Plan {
 /// Why a command did not start: its message is the run's `error`.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
+    #[error("the lease was about to run out before the command could be started")]
+    TooLate,
     #[error("the command is empty: `argv` needs at least the program")]
     Empty,
     #[error("{0} contains a NUL byte, which no process can be given: remove it")]

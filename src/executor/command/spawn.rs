@@ -47,6 +47,10 @@ pub(super) async fn start(invocation: &Invocation<'_>) -> Result<Started, StartE
     let mut tries = 0;
     let mut child = loop {
         keep_descriptors_private();
+        // Nothing may come between this question and the start: not an await, not a system call that waits.
+        if !(invocation.may_start)() {
+            return Err(StartError::TooLate);
+        }
         // Here, on the Tokio worker, and not in `spawn_blocking`: the death signal below follows the spawning THREAD,
         // and Tokio ends a blocking thread after ten idle seconds, which would kill the command.
         match process.spawn() {

@@ -27,6 +27,7 @@ struct Bench {
     input: Option<Box<RawValue>>,
     time_limit: Duration,
     limits: Limits,
+    may_start: bool,
     folder: PathBuf,
 }
 
@@ -51,6 +52,7 @@ fn program(argv: &[&str]) -> Bench {
         input: None,
         time_limit: Duration::from_secs(60),
         limits: Limits { log_bytes: 1 << 20, output_bytes: 4096 },
+        may_start: true,
         folder: PathBuf::new(),
     }
 }
@@ -75,6 +77,7 @@ impl Bench {
             time_limit: self.time_limit,
             kill_grace: GRACE,
             limits: self.limits,
+            may_start: &|| self.may_start,
         };
         run(invocation, log, stop).await
     }

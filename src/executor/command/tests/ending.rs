@@ -91,6 +91,7 @@ async fn a_lost_lease_kills_without_term_even_during_a_grace() {
         time_limit: SOON,
         kill_grace: Duration::from_secs(60),
         limits: bench.limits,
+        may_start: &|| true,
     };
     let lose = async {
         while let Some(chunk) = chunks.recv().await {

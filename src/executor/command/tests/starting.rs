@@ -213,3 +213,12 @@ async fn a_program_that_is_being_replaced_is_waited_for() {
     let (_, seen) = tokio::join!(writer.run_and(|_, _| open.notify_one()), run);
     assert_eq!(seen.text(Stream::Stdout), "ran\n", "{}", seen.error());
 }
+
+#[tokio::test]
+async fn nothing_is_started_for_a_worker_that_may_have_lost_the_run() {
+    let mut bench = shell("touch $1/started");
+    bench.may_start = false;
+    let seen = bench.run().await;
+    assert_eq!((seen.outcome.verdict, seen.outcome.reason.as_deref()), (Verdict::Stale, Some("worker_lost")));
+    assert!(!bench.folder.join("started").exists());
+}
