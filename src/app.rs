@@ -68,24 +68,28 @@ pub fn bind(config: &Config) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
+/// Brings the schema up to date; returns how many migrations that took.
+pub async fn migrate_schema(options: &PgConnectOptions) -> anyhow::Result<usize> {
+    match migrate::migrate(options).await {
+        Err(migrate::Error::Unreachable(error)) => {
+            let (host, port) = (options.get_host(), options.get_port());
+            Err(anyhow::anyhow!("can't reach the database at {host}:{port} (DATABASE_URL): {error}"))
+        }
+        migrated => migrated.context(
+            "can't bring the schema up to date; where this account may not, one that may can run `singletrack migrate`, and \
+             replicas start with SINGLETRACK_MIGRATE=off",
+        ),
+    }
+}
+
 /// Brings the schema up to date, or makes sure that it is.
 pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow::Result<()> {
     if when == Migrate::Auto {
-        return match migrate::migrate(options).await {
-            Ok(0) => Ok(()),
-            Ok(count) => {
-                tracing::info!(migrations = count, "brought the schema up to date");
-                Ok(())
-            }
-            Err(migrate::Error::Unreachable(error)) => {
-                let (host, port) = (options.get_host(), options.get_port());
-                Err(anyhow::anyhow!("can't reach the database at {host}:{port} (DATABASE_URL): {error}"))
-            }
-            Err(error) => Err(anyhow::Error::from(error).context(
-                "can't bring the schema up to date; somebody allowed to can run `singletrack migrate`, and this replica \
-                 start with SINGLETRACK_MIGRATE=off",
-            )),
-        };
+        let count = migrate_schema(options).await?;
+        if count > 0 {
+            tracing::info!(migrations = count, "brought the schema up to date");
+        }
+        return Ok(());
     }
     let db = Db::new(options.clone(), 1, store::LIMIT);
     let applied = db

@@ -22,7 +22,7 @@
 //!
 //! | module | what it is | may use |
 //! |---|---|---|
-//! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | nothing of ours but names |
+//! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, config |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
 //! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
 //! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain |
@@ -30,7 +30,7 @@
 //! | [`api`] | the only place that knows HTTP: `api/mod.rs` has every route on one screen | domain, store |
 //! | [`dev`] | the private Postgres of `singletrack dev` and of the tests | nothing of ours |
 //! | [`app`] | composition root: wires the parts, and stops them in order | all |
-//! | [`cli`] | the commands of the binary | app, config, dev, domain, telemetry |
+//! | [`cli`] | the commands of the binary | app, config, dev, telemetry |
 //!
 //! `migrations/` has the schema, the triggers that refuse what must not happen by hand, and the views for people.
 //!

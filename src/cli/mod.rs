@@ -87,7 +87,7 @@ fn options(config: &Config) -> anyhow::Result<PgConnectOptions> {
 }
 
 async fn migrate(options: &PgConnectOptions) -> anyhow::Result<()> {
-    let count = crate::store::migrate::migrate(options).await.context("can't bring the schema up to date")?;
+    let count = app::migrate_schema(options).await?;
     println!("{}", if count == 0 { "up to date already".into() } else { format!("applied {count} migrations") });
     Ok(())
 }

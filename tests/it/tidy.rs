@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["domain", "store"]),
     ("dev", &[]),
     ("app", &["api", "config", "domain", "engine", "store"]),
-    ("cli", &["app", "config", "dev", "domain", "store", "telemetry"]),
+    ("cli", &["app", "config", "dev", "domain", "telemetry"]),
 ];
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
+use super::eventually;
 use super::replica::Client;
 
 /// A running `singletrack`, killed when dropped.
@@ -96,14 +97,11 @@ impl Process {
     /// Waits until it has ended by itself; its exit code.
     pub async fn ended(&mut self, limit: Duration) -> i32 {
         let child = &mut self.child;
-        let since = std::time::Instant::now();
-        loop {
-            if let Some(status) = child.try_wait().unwrap() {
-                return status.code().unwrap_or(-1);
-            }
-            assert!(since.elapsed() < limit, "still there after {limit:?}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        let status = eventually("the process has ended", limit, || {
+            let ended = child.try_wait().unwrap();
+            async move { ended }
+        });
+        status.await.code().unwrap_or(-1)
     }
 }
 
