@@ -60,7 +60,9 @@ pub fn run(cli: Cli) -> ExitCode {
     match execute(&cli.command, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("singletrack: {error:#}");
+            // What was tried and why it failed; the layers between repeat the latter.
+            let (tried, why) = (error.to_string(), error.root_cause().to_string());
+            eprintln!("singletrack: {}", if tried == why { tried } else { format!("{tried}: {why}") });
             ExitCode::FAILURE
         }
     }
