@@ -46,7 +46,8 @@
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
 //!
-//! `invariant_violations`, a view, is these as queries that find nothing.
+//! `invariant_violations`, a view, has as queries those of them that rows can show. It sees no processes: that no two commands
+//! overlap is proved from outside, by the tests.
 
 pub mod domain;
 

@@ -139,26 +139,13 @@ async fn a_worker_that_is_asked_to_cancel_and_falls_silent_leaves_a_cancelled_ru
     test.check().await;
 }
 
-/// From now on the database refuses to end runs of the workflow `poison`.
-async fn poison(test: &TestDb) {
-    sqlx::raw_sql(
-        "create function refuse_poison() returns trigger language plpgsql as $$
-         begin raise exception 'this row is poisoned'; end $$;
-         create trigger poisoned before update on test_runs for each row
-         when (new.workflow_id = 'poison' and new.finished_at is not null) execute function refuse_poison()",
-    )
-    .execute(&test.sql)
-    .await
-    .unwrap();
-}
-
 #[tokio::test]
 async fn a_stale_run_that_can_not_be_ended_does_not_keep_the_others() {
     let test = TestDb::new().await;
     let mut silent = vec![plant::overdue(&test, "a", 1).await.run_id];
     let bad = plant::overdue(&test, "poison", 1).await;
     silent.push(plant::overdue(&test, "b", 1).await.run_id);
-    poison(&test).await;
+    plant::poison(&test).await;
     let mut reaper = reaper(&test);
     assert_eq!(passes(&mut reaper, 2).await.ended, silent);
     let report = reaper.pass().await.unwrap();
@@ -177,7 +164,7 @@ async fn an_expired_run_that_can_not_be_ended_keeps_neither_the_expired_nor_the_
             expired.push(run_id);
         }
     }
-    poison(&test).await;
+    plant::poison(&test).await;
     // Passes that fail over the bad row would look like an outage, after which silence counts anew.
     let settings = config::Reaper { interval: HOUR, start_within: HOUR, blind_after: Duration::from_millis(500) };
     let mut reaper = Reaper::new(test.db.clone(), &settings);

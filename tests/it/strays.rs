@@ -95,15 +95,7 @@ async fn what_a_claim_took_whose_answer_was_lost_is_given_back_and_executed_once
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_was_executed_and_whose_outcome_is_refused_is_not_taken_for_a_stray() {
     let (test, scratch) = (TestDb::new().await, Scratch::new());
-    sqlx::raw_sql(
-        "create function refuse_poison() returns trigger language plpgsql as $$
-         begin raise exception 'this row is poisoned'; end $$;
-         create trigger poisoned before update on test_runs for each row
-         when (new.workflow_id = 'poison' and new.finished_at is not null) execute function refuse_poison()",
-    )
-    .execute(&test.sql)
-    .await
-    .unwrap();
+    plant::poison(&test).await;
     let proxy = Proxy::to(&test, CLAIMED);
     // With one place, the next claim is sent when the attempt before it has been given up.
     let (workers, heartbeat_timeout) = (Some("1".into()), Some("10m".into()));

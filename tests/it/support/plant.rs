@@ -106,3 +106,16 @@ pub async fn overdue(test: &TestDb, workflow_id: &str, timeout: i32) -> Lease {
     .await;
     lease
 }
+
+/// From now on the database refuses to end runs of the workflow `poison`.
+pub async fn poison(test: &TestDb) {
+    sqlx::raw_sql(
+        "create function refuse_poison() returns trigger language plpgsql as $$
+         begin raise exception 'this row is poisoned'; end $$;
+         create trigger poisoned before update on test_runs for each row
+         when (new.workflow_id = 'poison' and new.finished_at is not null) execute function refuse_poison()",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+}
