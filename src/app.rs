@@ -8,17 +8,20 @@ use anyhow::Context as _;
 use axum::Router;
 use rand::random;
 use sqlx::postgres::PgConnectOptions;
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{self, Api, Facts};
+use crate::api::{self, Api, Facts, Terms};
 use crate::config::{Config, MARGIN, Migrate};
 use crate::domain::StopCause;
 use crate::engine::heartbeat::Held;
 use crate::engine::{self, reaper::Reaper};
+use crate::executor::handler::Handlers;
+use crate::executor::http;
 use crate::store::{self, Db, migrate};
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
@@ -112,15 +115,23 @@ pub async fn run(
     stop: Stop,
 ) -> anyhow::Result<()> {
     let listen = listener.local_addr()?;
-    let ctx = context(&config, &options, &stop);
+    let ctx = context(&config, &options, &stop, Some(listen), None)?;
     let api = Api {
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),
+        wake_pull: Arc::new(Notify::new()),
         draining: stop.draining.clone(),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
             Duration::from_secs_f64((config.worker.kill_grace + MARGIN).as_secs_f64().ceil() + 1.0),
+            Terms {
+                heartbeat_interval: config.worker.heartbeat_interval,
+                heartbeat_timeout: config.worker.heartbeat_timeout,
+                run_timeout: config.worker.run_timeout,
+                log_bytes: config.worker.log_bytes,
+                output_bytes: config.worker.output_bytes,
+            },
         )),
     };
     let router = match role {
@@ -128,9 +139,43 @@ pub async fn run(
         Role::Worker => api::probes_router(api),
     };
     let server = axum_server::Handle::new();
-    let done = CancellationToken::new();
     let mut parts = Parts::default();
     parts.spawn("api", serve(listener, router, server.clone()));
+    tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
+    work(&config, &options, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
+}
+
+/// Runs `handlers` in this program until `stop` is asked and everything it holds is settled or given back. It needs
+/// [`Config::database_url`], serves no API, and executes nothing but handlers; stale runs of any kind are ended here too.
+///
+/// The program's own `tracing` subscriber gets the log, and its own signal handlers call [`Stop::ask`].
+///
+/// # Errors
+/// When the database can't be reached at start, when its schema is not up to date and may not be brought there, and when a
+/// part of the worker ends unexpectedly. Once started, a database that is away is waited for.
+pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Result<()> {
+    let url = config.database_url.as_ref().context("no database is named: set Settings::database_url")?;
+    let options = url.options();
+    let (to, when) = (options.clone(), config.migrate);
+    // On a thread where it need not be `Send`: the compiler can't prove that of sqlx's migrator (rust-lang/rust#100013), and
+    // whoever embeds this wants to spawn it.
+    tokio::task::spawn_blocking(move || Handle::current().block_on(prepare_schema(&to, when))).await??;
+    let ctx = context(&config, &options, &stop, None, Some(Arc::new(handlers)))?;
+    tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, "ready");
+    work(&config, &options, ctx, Parts::default(), &stop, || ()).await
+}
+
+/// Runs the parts of a worker besides `parts`, and stops all of them in order; `last` is called when nothing is held any
+/// more.
+async fn work(
+    config: &Config,
+    options: &PgConnectOptions,
+    ctx: engine::Ctx,
+    mut parts: Parts,
+    stop: &Stop,
+    last: impl FnOnce(),
+) -> anyhow::Result<()> {
+    let done = CancellationToken::new();
     parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
     let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
@@ -138,8 +183,8 @@ pub async fn run(
     if config.worker.capacity > 0 {
         // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
         parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));
+        parts.spawn("listener", engine::listen(ctx.clone(), options.clone(), done.clone()));
     }
-    tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
 
     let failed = tokio::select! {
         biased; // the dispatcher ends by itself when draining begins
@@ -152,7 +197,7 @@ pub async fn run(
     }
     drain(&ctx, config.worker.drain_timeout, config.worker.kill_grace).await;
     done.cancel();
-    server.graceful_shutdown(Some(LAST_REQUESTS));
+    last();
     parts.all_ended(LAST_REQUESTS + Duration::from_secs(1)).await;
     ctx.db.close().await;
     ctx.lease_db.close().await;
@@ -163,14 +208,25 @@ pub async fn run(
     }
 }
 
-fn context(config: &Config, options: &PgConnectOptions, stop: &Stop) -> engine::Ctx {
+fn context(
+    config: &Config,
+    options: &PgConnectOptions,
+    stop: &Stop,
+    listen: Option<SocketAddr>,
+    handlers: Option<Arc<Handlers>>,
+) -> anyhow::Result<engine::Ctx> {
     let worker = config.worker.clone();
     // A renewal that hangs must fail while there is time for another one.
     let renewal_limit = worker.heartbeat_interval.clamp(Duration::from_millis(500), store::LIMIT);
-    engine::Ctx {
+    let listen = listen.unwrap_or(config.listen);
+    let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
+    Ok(engine::Ctx {
         db: Db::new(options.clone(), config.pool_size, store::LIMIT),
         lease_db: Db::new(options.clone(), 1, renewal_limit),
         name: worker_name().into(),
+        handlers,
+        http: Arc::new(http::Client::new(&worker.outgoing).context("can't set up the client of http executors")?),
+        callback_url: format!("{}/api/v1/leases/finish", public_url.trim_end_matches('/')).into(),
         wake: Arc::new(Notify::new()),
         held: Arc::new(Held::default()),
         capacity: Arc::new(Semaphore::new(worker.capacity)),
@@ -178,7 +234,7 @@ fn context(config: &Config, options: &PgConnectOptions, stop: &Stop) -> engine::
         draining: stop.draining.clone(),
         hurry: stop.hurry.clone(),
         worker: Arc::new(worker),
-    }
+    })
 }
 
 /// Host and process for people, and something random: a process id comes back, and containers share host names.

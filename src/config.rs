@@ -9,7 +9,10 @@ use std::time::Duration;
 use clap::Args;
 use sqlx::postgres::PgConnectOptions;
 
+use crate::domain::Outgoing;
+use crate::domain::executor::{MAX_LOG_BYTES, MAX_OUTPUT_BYTES};
 use crate::domain::workflow::check_queue;
+use crate::executor::command::{Guarding, guard};
 
 /// Time a worker that is about to lose its lease leaves for a pause of its machine, on top of the kill grace.
 pub const MARGIN: Duration = Duration::from_secs(2);
@@ -54,6 +57,10 @@ pub struct Settings {
     /// Time between TERM and KILL when a command is stopped. [default: 3s]
     #[arg(long, env = "SINGLETRACK_KILL_GRACE", value_name = "DURATION")]
     pub kill_grace: Option<String>,
+    /// How commands are guarded: auto (in a PID namespace where that is allowed), subreaper (never in one: for commands that
+    /// use sudo or other set-uid programs) or off (for proving what the guard does; promises nothing). [default: auto]
+    #[arg(long, env = "SINGLETRACK_GUARD", value_name = "HOW")]
+    pub guard: Option<String>,
     /// Longest an attempt may take, unless its workflow says otherwise, in whole seconds. [default: 10m]
     #[arg(long, env = "SINGLETRACK_RUN_TIMEOUT", value_name = "DURATION")]
     pub run_timeout: Option<String>,
@@ -66,12 +73,23 @@ pub struct Settings {
     /// How long a stopping replica lets its runs finish. [default: 30s]
     #[arg(long, env = "SINGLETRACK_DRAIN_TIMEOUT", value_name = "DURATION")]
     pub drain_timeout: Option<String>,
-    /// Bytes of log kept per attempt; then a remark that it was cut, and the command goes on. [default: 10485760]
+    /// Bytes of log kept per attempt; then a remark that it was cut, and the attempt goes on. [default: 10485760]
     #[arg(long, env = "SINGLETRACK_LOG_BYTES", value_name = "BYTES")]
     pub log_bytes: Option<String>,
-    /// Longest last line of standard output that is taken as a run's output, in bytes. [default: 262144]
+    /// Longest last line of standard output, or answer to a request, that is taken as a run's output, in bytes.
+    /// [default: 262144]
     #[arg(long, env = "SINGLETRACK_OUTPUT_BYTES", value_name = "BYTES")]
     pub output_bytes: Option<String>,
+    /// What `http` executors may reach besides public addresses: ranges such as 10.0.0.0/8 and names such as
+    /// jobs.internal or *.internal, separated by commas. [default: nothing more]
+    #[arg(long, env = "SINGLETRACK_HTTP_ALLOW", value_name = "RANGES AND NAMES")]
+    pub http_allow: Option<String>,
+    /// Proxy that all requests of `http` executors go through; it decides where names lead. [default: no proxy]
+    #[arg(long, env = "SINGLETRACK_HTTP_PROXY", value_name = "URL")]
+    pub http_proxy: Option<String>,
+    /// Redirects (307 and 308) that a request of an `http` executor follows, 0 to 10. [default: 0]
+    #[arg(long, env = "SINGLETRACK_HTTP_REDIRECTS", value_name = "NUMBER")]
+    pub http_redirects: Option<String>,
     /// What the service's own log looks like: text or json. [default: text]
     #[arg(long, env = "SINGLETRACK_LOG_FORMAT", value_name = "FORMAT")]
     pub log_format: Option<String>,
@@ -123,14 +141,18 @@ pub struct Worker {
     pub heartbeat_timeout: Duration,
     /// Between TERM and KILL.
     pub kill_grace: Duration,
+    /// How commands are guarded, and by what program.
+    pub guarding: Guarding,
     /// Time limit of attempts whose workflow names none.
     pub run_timeout: Duration,
     /// How long a stopping replica lets its runs finish.
     pub drain_timeout: Duration,
     /// Bytes of log kept per attempt.
     pub log_bytes: u64,
-    /// Bytes of the last line that may become the output.
+    /// Bytes of the last line, or of an answer, that may become the output.
     pub output_bytes: usize,
+    /// Whom `http` executors may reach.
+    pub outgoing: Outgoing,
 }
 
 /// Settings of the reaper.
@@ -329,10 +351,23 @@ impl Settings {
             heartbeat_interval: read.duration("SINGLETRACK_HEARTBEAT_INTERVAL", &self.heartbeat_interval, "10s"),
             heartbeat_timeout: read.whole_seconds("SINGLETRACK_HEARTBEAT_TIMEOUT", &self.heartbeat_timeout, "60s"),
             kill_grace: read.duration("SINGLETRACK_KILL_GRACE", &self.kill_grace, "3s"),
+            guarding: Guarding::by_this_program(read.take(
+                "SINGLETRACK_GUARD",
+                &self.guard,
+                guard::Mode::default(),
+                str::parse,
+            )),
             run_timeout: read.whole_seconds("SINGLETRACK_RUN_TIMEOUT", &self.run_timeout, "10m"),
             drain_timeout: read.duration("SINGLETRACK_DRAIN_TIMEOUT", &self.drain_timeout, "30s"),
-            log_bytes: read.take("SINGLETRACK_LOG_BYTES", &self.log_bytes, 10 << 20, number(0, 1 << 40)),
-            output_bytes: read.take("SINGLETRACK_OUTPUT_BYTES", &self.output_bytes, 256 << 10, number(0, 64 << 20)),
+            log_bytes: read.take("SINGLETRACK_LOG_BYTES", &self.log_bytes, 10 << 20, number(0, MAX_LOG_BYTES)),
+            output_bytes: read.take("SINGLETRACK_OUTPUT_BYTES", &self.output_bytes, 256 << 10, |text| {
+                number(0, MAX_OUTPUT_BYTES)(text).map(|bytes| bytes as usize)
+            }),
+            outgoing: Outgoing {
+                allowed: read.take("SINGLETRACK_HTTP_ALLOW", &self.http_allow, Default::default(), str::parse),
+                proxy: read.take("SINGLETRACK_HTTP_PROXY", &self.http_proxy, None, |text| text.parse().map(Some)),
+                redirects: read.take("SINGLETRACK_HTTP_REDIRECTS", &self.http_redirects, 0, number(0, 10)),
+            },
         };
         let needed = 4 * worker.heartbeat_interval + worker.kill_grace + MARGIN;
         if read.mistakes.is_empty() && worker.heartbeat_timeout < needed {
@@ -398,12 +433,17 @@ impl fmt::Display for Config {
         writeln!(out, "SINGLETRACK_HEARTBEAT_INTERVAL={}", time(worker.heartbeat_interval))?;
         writeln!(out, "SINGLETRACK_HEARTBEAT_TIMEOUT={}", time(worker.heartbeat_timeout))?;
         writeln!(out, "SINGLETRACK_KILL_GRACE={}", time(worker.kill_grace))?;
+        writeln!(out, "SINGLETRACK_GUARD={}", worker.guarding.mode)?;
         writeln!(out, "SINGLETRACK_RUN_TIMEOUT={}", time(worker.run_timeout))?;
         writeln!(out, "SINGLETRACK_START_WITHIN={}", time(reaper.start_within))?;
         writeln!(out, "SINGLETRACK_REAP_INTERVAL={}", time(reaper.interval))?;
         writeln!(out, "SINGLETRACK_DRAIN_TIMEOUT={}", time(worker.drain_timeout))?;
         writeln!(out, "SINGLETRACK_LOG_BYTES={}", worker.log_bytes)?;
         writeln!(out, "SINGLETRACK_OUTPUT_BYTES={}", worker.output_bytes)?;
+        let proxy = worker.outgoing.proxy.as_ref().map_or(String::new(), ToString::to_string);
+        writeln!(out, "SINGLETRACK_HTTP_ALLOW={}", worker.outgoing.allowed)?;
+        writeln!(out, "SINGLETRACK_HTTP_PROXY={proxy}")?;
+        writeln!(out, "SINGLETRACK_HTTP_REDIRECTS={}", worker.outgoing.redirects)?;
         writeln!(out, "SINGLETRACK_LOG_FORMAT={}", lower(&self.log_format))?;
         write!(out, "RUST_LOG={}", self.log)
     }

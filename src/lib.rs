@@ -11,18 +11,27 @@
 //!    looks for a holder, inserts if there is none, and writes the first event. 202 is answered after its commit.
 //! 2. The dispatcher of some replica ([`engine::dispatcher`]) claims it ([`store::claim`]): `FOR UPDATE SKIP LOCKED`, up to
 //!    the replica's free capacity, with a new fence and a secret. Together they are the [`domain::Lease`].
-//! 3. One attempt (`engine/attempt.rs`) runs the command ([`executor::command`]) in a process group of its own and stores
-//!    what it prints. [`engine::heartbeat`] renews the lease in `run_leases`, on a connection of its own.
-//! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`]): the run becomes final, the slot is
-//!    free, and the attempt and the event are written by the same statement.
-//! 5. If the worker is lost, the reaper of any replica ([`engine::reaper`]) first shuts its claim out of `run_leases`
+//! 3. One attempt (`engine/attempt.rs`) has an [`executor`] do the work and stores the log: a command behind its guard, a
+//!    request, or a handler of the program this is embedded in. [`engine::heartbeat`] renews the lease in `run_leases`, on a
+//!    connection of its own. Runs for pull workers, and runs that an http target has taken over, are claimed, renewed and
+//!    finished over HTTP instead (`api/leases.rs`), by the same functions of the store.
+//! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`]): the run becomes final and the slot is
+//!    free, or it is queued for its next attempt and keeps the slot; attempt and event are written by the same statement.
+//!    What an end comes to is one table, [`domain::status`].
+//! 5. Somebody cancels it ([`store::control`]): the request is a column of the row; a notification, which may get lost, makes
+//!    the worker renew at once ([`engine::listener`]), and the answer to the renewal says that the run is to end.
+//! 6. If the worker is lost, the reaper of any replica ([`engine::reaper`]) first shuts its claim out of `run_leases`
 //!    ([`store::reap`]) and then settles the run as `stale`, down the same path.
+//!
+//! A run of the executor `pull` goes the same way, with a worker somewhere else in steps 2 to 4: it claims over HTTP, sends its
+//! heartbeats, and settles under the lease that its token names (`api/claims.rs`, `api/leases.rs`; `examples/` has two such
+//! workers). Its first heartbeat confirms the lease; without that the reaper gives the run back.
 //!
 //! # Where things live
 //!
 //! | module | what it is | may use |
 //! |---|---|---|
-//! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, config |
+//! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, executor, config |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
 //! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
 //! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain |
@@ -42,6 +51,8 @@
 //! - A final row never changes. Fences only grow.
 //! - A renewal and the reaper meet on the same `run_leases` row: no worker is told that it holds what the reaper has ended.
 //! - Renewals lock nothing but `run_leases`: whoever locks a run by hand costs nobody a lease.
+//! - When the worker of a command settles its attempt, nothing is alive that the command has started. Its guard ends it in time
+//!   for the reaper also when that worker is dead or frozen ([`executor::command::guard`]).
 //! - Times are the database's. A replica's clock decides nothing that another replica sees.
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
@@ -65,3 +76,6 @@ pub mod telemetry;
 
 pub mod cli;
 pub mod dev;
+
+pub use app::{Stop, embed};
+pub use executor::handler::{Context, Handlers};

@@ -4,8 +4,12 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 use singletrack::cli::{self, Cli};
+use singletrack::executor::command::guard;
 
 fn main() -> ExitCode {
+    if let Some(done) = guard::run_if_asked(std::env::args_os()) {
+        return done;
+    }
     match Cli::try_parse() {
         Ok(cli) => cli::run(cli),
         Err(answer) => {

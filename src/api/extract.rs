@@ -10,6 +10,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
@@ -28,6 +29,30 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
         }
         let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
         parse(&body).map(Self)
+    }
+}
+
+/// A call that takes nothing: no body, or `{}` as JSON. A form, which any web page can send, is refused.
+pub(super) struct Nothing;
+
+/// An object without members.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Empty {}
+
+impl<S: Send + Sync> FromRequest<S> for Nothing {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let (untyped, json) = (!request.headers().contains_key(header::CONTENT_TYPE), is_json(request.headers()));
+        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
+        if untyped && body.is_empty() {
+            return Ok(Self);
+        }
+        if !json {
+            return Err(Problem::not_json());
+        }
+        parse(&body).map(|Empty {}| Self)
     }
 }
 

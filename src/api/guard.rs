@@ -72,7 +72,8 @@ mod tests {
     use super::*;
 
     fn facts() -> Facts {
-        Facts::new(([127, 0, 0, 1], 7410).into(), Some("https://runs.example.com/x".into()), std::time::Duration::ZERO)
+        let public_url = Some("https://runs.example.com/x".into());
+        Facts::new(([127, 0, 0, 1], 7410).into(), public_url, Default::default(), Default::default())
     }
 
     #[test]

@@ -86,15 +86,9 @@ pub(super) async fn start(
     let Ok(workflow_id) = workflow_id.parse::<WorkflowId>() else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Workflow not found"))).into_response();
     };
-    let request = Request {
-        id: Uuid::now_v7(),
-        workflow_id,
-        input: None,
-        priority: None,
-        labels: Default::default(),
-        // That server knew no such header: one that can't be read is no reason to refuse.
-        requested_by: actor.map_or_else(|_| "unknown".to_owned(), |Actor(name)| name),
-    };
+    // That server knew no such header: one that can't be read is no reason to refuse.
+    let requested_by = actor.map_or_else(|_| "unknown".to_owned(), |Actor(name)| name);
+    let request = Request::new(workflow_id, requested_by);
     match runs::start(&api, request).await {
         Ok(run) => {
             let started = Started { success: true, message: "Test run started", script_run_id: run.id };

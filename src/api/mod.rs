@@ -1,8 +1,11 @@
 //! The only place that knows HTTP. Handlers call `store`; they and the engine meet in rows and wake-ups only.
 
+mod claims;
+mod control;
 mod extract;
 mod guard;
 mod health;
+mod leases;
 mod legacy;
 mod openapi;
 mod page;
@@ -29,13 +32,14 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
+use crate::domain::Run;
 use crate::store::Db;
 
 pub use openapi::document;
 
 /// Longest body of a request, in bytes.
 pub const BODY_LIMIT: usize = 1 << 20;
-/// Requests that may wait for a run's end at once; beyond that they are answered without waiting.
+/// Requests of a kind that may wait at once, for a run's end or for a run to claim; those beyond are answered without waiting.
 const WAITERS: usize = 1000;
 
 /// What handlers need.
@@ -43,8 +47,10 @@ const WAITERS: usize = 1000;
 pub struct Api {
     /// The pool.
     pub db: Db,
-    /// Told when something was enqueued.
+    /// Told when something was enqueued for the workers of this replica.
     pub wake: Arc<Notify>,
+    /// Told when something was enqueued that is claimed over HTTP.
+    pub wake_pull: Arc<Notify>,
     /// Cancelled when the replica begins to stop.
     pub draining: CancellationToken,
     /// What never changes while it runs.
@@ -60,14 +66,49 @@ pub struct Facts {
     pub public_url: Option<String>,
     /// The smallest heartbeat timeout a workflow may ask for: the kill grace and the margin, and a second to renew in.
     pub shortest_heartbeat_timeout: Duration,
-    /// Places for requests that wait.
+    /// What holds for workers that claim over HTTP.
+    pub terms: Terms,
+    /// Places for requests that wait for a run's end.
     pub waiters: Semaphore,
+    /// Places for requests that wait for a run to claim.
+    pub claimants: Semaphore,
+}
+
+/// What holds for workers that claim over HTTP, where the workflow says nothing else.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Terms {
+    /// Longest time between two heartbeats that is asked for.
+    pub heartbeat_interval: Duration,
+    /// Silence after which a run is stale, in whole seconds.
+    pub heartbeat_timeout: Duration,
+    /// Longest an attempt may take, in whole seconds.
+    pub run_timeout: Duration,
+    /// Bytes of log kept per attempt.
+    pub log_bytes: u64,
+    /// Longest output, in bytes.
+    pub output_bytes: usize,
 }
 
 impl Facts {
     /// The facts of a service that listens on `listen`.
-    pub fn new(listen: SocketAddr, public_url: Option<String>, shortest_heartbeat_timeout: Duration) -> Self {
-        Self { listen, public_url, shortest_heartbeat_timeout, waiters: Semaphore::new(WAITERS) }
+    pub fn new(
+        listen: SocketAddr,
+        public_url: Option<String>,
+        shortest_heartbeat_timeout: Duration,
+        terms: Terms,
+    ) -> Self {
+        let [waiters, claimants] = [Semaphore::new(WAITERS), Semaphore::new(WAITERS)];
+        Self { listen, public_url, shortest_heartbeat_timeout, terms, waiters, claimants }
+    }
+}
+
+impl Api {
+    /// Tells those who could start `run` that it was enqueued. They would see it by themselves, later.
+    fn announce(&self, run: &Run) {
+        match run.executor_type.as_str() {
+            "pull" => self.wake_pull.notify_waiters(),
+            _ => self.wake.notify_one(),
+        }
     }
 }
 
@@ -77,8 +118,8 @@ impl FromRef<Api> for Db {
     }
 }
 
-/// Every route, grouped by who calls it.
-fn routes() -> OpenApiRouter<Api> {
+/// Every route, grouped by who calls it. `output_bytes` is how long an output may be.
+fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         // whoever defines workflows
         .routes(routes!(workflows::list))
@@ -86,6 +127,8 @@ fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(workflows::revisions))
         // whoever starts runs
         .routes(routes!(runs::enqueue))
+        .routes(routes!(control::cancel))
+        .routes(routes!(control::rerun))
         // whoever looks at them
         .routes(routes!(runs::list))
         .routes(routes!(runs::counts))
@@ -93,6 +136,16 @@ fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(runs::attempts))
         .routes(routes!(runs::events))
         .routes(routes!(runs::logs))
+        // workers in any language
+        .routes(routes!(claims::claim))
+        .routes(routes!(leases::heartbeat))
+        .merge(
+            OpenApiRouter::new()
+                .routes(routes!(leases::finish))
+                .layer(DefaultBodyLimit::max(BODY_LIMIT + output_bytes)),
+        )
+        .routes(routes!(leases::release))
+        .routes(routes!(leases::logs))
         // clients of the workflow server that this one replaces
         .routes(routes!(legacy::start))
         .routes(routes!(legacy::get))
@@ -108,7 +161,7 @@ fn probes() -> OpenApiRouter<Api> {
 
 /// The whole API.
 pub fn router(api: Api) -> Router {
-    finish(routes(), api)
+    finish(routes(api.facts.terms.output_bytes), api)
 }
 
 /// Only the probes.

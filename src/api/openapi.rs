@@ -10,7 +10,7 @@ const PROBLEM_JSON: &str = "application/problem+json";
 
 /// The document of every route.
 pub fn document() -> OpenApi {
-    let mut document = super::routes().split_for_parts().1;
+    let mut document = super::routes(0).split_for_parts().1;
     document.info.title = "Singletrack".into();
     document.info.version = env!("CARGO_PKG_VERSION").into();
     document.info.description = Some(

@@ -8,7 +8,7 @@ use axum::response::IntoResponse;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::domain::{Holder, WorkflowId};
+use crate::domain::{Holder, Status, WorkflowId};
 use crate::store;
 
 /// What `type` begins with; the cause follows.
@@ -41,8 +41,9 @@ pub(super) struct Problem {
     /// What is wrong with which part of the request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<Mistake>,
-    /// With `slot-taken`: the run that holds the slot. With `workflow-in-use`: a run that is not over. With
-    /// `database-unavailable`: the run that may have been enqueued all the same; ask for it, or repeat the request.
+    /// With `slot-taken`: the run that holds the slot. With `workflow-in-use`: a run that is not over. With `run-over` and
+    /// `lease-lost`: the run itself. With `database-unavailable`: the run that may have been enqueued all the same; ask for
+    /// it, or repeat the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     run_id: Option<Uuid>,
     /// With `slot-taken`: what the run that holds the slot is doing.
@@ -134,6 +135,26 @@ impl Problem {
         Self::new(StatusCode::NOT_FOUND, "not-found", "There is no such thing").with_detail(what)
     }
 
+    pub(super) fn no_run(id: Uuid) -> Self {
+        Self::not_found(&format!("No run has the id {id}."))
+    }
+
+    pub(super) fn run_over(run_id: Uuid, status: Status) -> Self {
+        Self {
+            run_id: Some(run_id),
+            ..Self::new(StatusCode::CONFLICT, "run-over", "The run is over")
+                .with_detail(format!("It is {}: there is nothing left to cancel.", status.as_str()))
+        }
+    }
+
+    pub(super) fn lease_lost(run_id: Uuid) -> Self {
+        Self {
+            run_id: Some(run_id),
+            ..Self::new(StatusCode::CONFLICT, "lease-lost", "The lease is gone")
+                .with_detail("The run is over, was given back, or is somebody else's by now: stop working on it.")
+        }
+    }
+
     pub(super) fn no_workflow(id: &WorkflowId) -> Self {
         let base = id.definition();
         if base == id.as_str() {
@@ -178,7 +199,8 @@ impl Problem {
 
     pub(super) fn too_large() -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The body is too large").with_detail(format!(
-            "At most {} bytes. Store large input elsewhere and hand over where it is.",
+            "At most {} bytes; to /leases/finish as many more as SINGLETRACK_OUTPUT_BYTES says. Send fewer things at once, or \
+             store large ones elsewhere and hand over where they are.",
             super::BODY_LIMIT
         ))
     }
@@ -211,6 +233,16 @@ impl Problem {
             ),
             ..Self::unavailable(error)
         }
+    }
+
+    /// The answer to a claim whose outcome stayed unknown.
+    pub(super) fn claim_unknown(error: &store::Error, has_id: bool) -> Self {
+        let what_to_do = if has_id {
+            "Repeat the request with the same claim_id: it gets what this one may have taken."
+        } else {
+            "What it may have taken is queued again after its heartbeat timeout. With a `claim_id` a repetition would get it."
+        };
+        Self { detail: Some(what_to_do.into()), ..Self::unavailable(error) }
     }
 
     fn unavailable(error: &store::Error) -> Self {

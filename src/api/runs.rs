@@ -16,8 +16,9 @@ use super::extract::{Actor, Id, Json, Params, preferred_wait, refuse_headers};
 use super::page::{Page, Wanted};
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, run_path, to_its_end};
+use crate::domain::retry::check_max_attempts;
 use crate::domain::workflow::{check_labels, check_priority};
-use crate::domain::{Run, Status, WorkflowId};
+use crate::domain::{Run, Status, Stream, WorkflowId};
 use crate::store::enqueue::{Enqueued, Request, enqueue as enqueue_all};
 use crate::store::logs::{self, LogEntry};
 use crate::store::runs::{self, Attempt, Filter, RunEvent};
@@ -43,12 +44,19 @@ pub(super) struct NewRun {
     /// Labels on top of the workflow's.
     #[serde(default)]
     labels: BTreeMap<String, String>,
+    /// How many attempts it may have, where it is not the workflow's number: 1 to 1000.
+    #[serde(default)]
+    #[schema(minimum = 1, maximum = 1000)]
+    max_attempts: Option<i32>,
 }
 
 impl NewRun {
     fn check(&self) -> Result<(), Problem> {
-        let checks =
-            [("/priority", self.priority.map_or(Ok(()), check_priority)), ("/labels", check_labels(&self.labels))];
+        let checks = [
+            ("/priority", self.priority.map_or(Ok(()), check_priority)),
+            ("/labels", check_labels(&self.labels)),
+            ("/max_attempts", self.max_attempts.map_or(Ok(()), check_max_attempts)),
+        ];
         let errors: Vec<Mistake> = checks
             .into_iter()
             .filter_map(|(pointer, check)| {
@@ -85,11 +93,14 @@ pub(super) async fn enqueue(
 ) -> Result<Response, Problem> {
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     new.check()?;
-    let NewRun { input, priority, labels } = new;
-    let request = Request { id: Uuid::now_v7(), workflow_id, input, priority, labels, requested_by };
-    let run = start(&api, request).await?;
-    let location = [(header::LOCATION, run_path(run.id))];
-    Ok((StatusCode::ACCEPTED, location, axum::Json(run)).into_response())
+    let NewRun { input, priority, labels, max_attempts } = new;
+    let request = Request { input, priority, labels, max_attempts, ..Request::new(workflow_id, requested_by) };
+    Ok(accepted(start(&api, request).await?))
+}
+
+/// The answer to an enqueue that took the slot.
+pub(super) fn accepted(run: Run) -> Response {
+    (StatusCode::ACCEPTED, [(header::LOCATION, run_path(run.id))], axum::Json(run)).into_response()
 }
 
 /// Enqueues one run: the run that took the slot, or the problem to answer with.
@@ -98,7 +109,7 @@ pub(super) async fn start(api: &Api, request: Request) -> Result<Run, Problem> {
     let enqueued = to_its_end(async move { enqueue_surely(&db, request).await }).await?;
     match enqueued {
         Ok(Enqueued::Accepted(run)) => {
-            api.wake.notify_one();
+            api.announce(&run);
             tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, "enqueued");
             Ok(run)
         }
@@ -133,7 +144,7 @@ async fn enqueue_surely(db: &Db, request: Request) -> Result<Enqueued, store::Er
 }
 
 /// A run's id in a path.
-pub(super) struct RunId(Uuid);
+pub(super) struct RunId(pub(super) Uuid);
 
 impl FromStr for RunId {
     type Err = String;
@@ -288,9 +299,10 @@ async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, Problem> {
     }
 }
 
-async fn read(db: &Db, id: Uuid) -> Result<Run, Problem> {
+/// The run with this id.
+pub(super) async fn read(db: &Db, id: Uuid) -> Result<Run, Problem> {
     let run = db.with(async |connection| runs::get(connection, id).await).await?;
-    run.ok_or_else(|| Problem::not_found(&format!("No run has the id {id}.")))
+    run.ok_or_else(|| Problem::no_run(id))
 }
 
 /// A list that is given whole.
@@ -370,10 +382,10 @@ pub(super) async fn logs(
     mut params: Params,
 ) -> Result<axum::Json<Page<LogEntry>>, Problem> {
     let attempt = params.one::<Number>("attempt")?.map(|Number(attempt)| attempt);
-    let wanted = Wanted::<(i64, i64)>::take(&mut params, &("logs", id, attempt))?;
+    let wanted = Wanted::<(i64, i64, Stream)>::take(&mut params, &("logs", id, attempt))?;
     params.finish(&["attempt", "limit", "cursor"])?;
     read(&db, id).await?;
-    let after = wanted.after.unwrap_or((0, 0));
+    let after = wanted.after;
     let rows = db.with(async |connection| logs::read(connection, id, attempt, after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq))))
+    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream))))
 }

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use sqlx::postgres::PgConnectOptions;
 
 use crate::app::{self, Role, Stop};
@@ -69,6 +70,8 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 fn execute(command: &Command, config: Config) -> anyhow::Result<()> {
+    // Commands may run under the same account, and must not read the service's secrets from its memory or environment.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     telemetry::install(&config).context("can't set up the log")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {

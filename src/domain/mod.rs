@@ -1,12 +1,19 @@
 //! Pure values and decisions: no await, no SQL, no clock, no randomness.
 
+pub mod executor;
+mod object;
 pub mod outcome;
+pub mod outgoing;
+pub mod retry;
 pub mod run;
 pub mod status;
 pub mod text;
 pub mod workflow;
 
+pub use executor::{Command, Executor, Http};
 pub use outcome::{Outcome, Verdict};
+pub use outgoing::Outgoing;
+pub use retry::{Backoff, RetryOn};
 pub use run::{Holder, Lease, LogChunk, Run, StopCause, Stream};
-pub use status::{Event, Status, Transition};
-pub use workflow::{Command, Definition, Executor, WorkflowId};
+pub use status::{Event, Standing, Status, Transition};
+pub use workflow::{Definition, WorkflowId};

@@ -1,5 +1,7 @@
 //! How an attempt ended.
 
+use std::time::Duration;
+
 use super::Status;
 
 /// How one attempt ended.
@@ -46,11 +48,18 @@ pub struct Outcome {
     pub output: Option<serde_json::Value>,
     /// One line on why it did not succeed.
     pub error: Option<String>,
+    /// How long a next attempt has to wait at least, where whoever was asked said so. More than a week counts as a week.
+    pub retry_after: Option<Duration>,
 }
 
 impl Outcome {
+    /// An attempt that left nothing but its verdict.
+    pub fn of(verdict: Verdict) -> Self {
+        Self { verdict, reason: None, exit_code: None, output: None, error: None, retry_after: None }
+    }
+
     /// An attempt that left nothing but its verdict and the reason for it.
     pub fn because(verdict: Verdict, reason: &str, error: impl Into<String>) -> Self {
-        Self { verdict, reason: Some(reason.to_owned()), exit_code: None, output: None, error: Some(error.into()) }
+        Self { reason: Some(reason.to_owned()), error: Some(error.into()), ..Self::of(verdict) }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD as URL_SAFE_NO_PAD;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -52,7 +54,7 @@ pub struct Run {
     pub max_attempts: i32,
     /// Number of the last claim; grows with every claim. 0 before the first.
     pub fence: i64,
-    /// Who runs it, or ran its last attempt.
+    /// Who runs it, or ran its last attempt; null while it is to be started.
     pub worker: Option<String>,
     /// When it was enqueued, by the database's clock.
     pub created_at: DateTime<Utc>,
@@ -116,6 +118,30 @@ pub struct Lease {
     pub secret: Option<Uuid>,
 }
 
+impl Lease {
+    /// What a worker outside this service shows for the lease: `st1_` and its three parts. `None` for the reaper's.
+    pub fn token(&self) -> Option<String> {
+        let parts = [self.run_id.as_bytes().as_slice(), &self.fence.to_be_bytes(), self.secret?.as_bytes()].concat();
+        Some(format!("{TOKEN}{}", URL_SAFE_NO_PAD.encode(parts)))
+    }
+
+    /// The lease that a token stands for; whether it still holds is another question. `None` where it is no token.
+    pub fn of_token(token: &str) -> Option<Self> {
+        let parts = URL_SAFE_NO_PAD.decode(token.strip_prefix(TOKEN)?).ok()?;
+        let (run_id, rest) = parts.split_first_chunk::<16>()?;
+        let (fence, rest) = rest.split_first_chunk::<8>()?;
+        let secret: [u8; 16] = rest.try_into().ok()?;
+        Some(Self {
+            run_id: Uuid::from_bytes(*run_id),
+            fence: i64::from_be_bytes(*fence),
+            secret: Some(Uuid::from_bytes(secret)),
+        })
+    }
+}
+
+/// What a token begins with, so that one that leaked is recognised.
+const TOKEN: &str = "st1_";
+
 /// Where a piece of log came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, sqlx::Type, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -162,4 +188,44 @@ pub enum StopCause {
     Unrenewed,
     /// The lease is gone: somebody else may act for the run now.
     LeaseLost,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn given() -> (Lease, String) {
+        let lease = Lease { run_id: Uuid::now_v7(), fence: i64::MAX - 1, secret: Some(Uuid::new_v4()) };
+        (lease, lease.token().unwrap_or_default())
+    }
+
+    #[test]
+    fn a_token_is_its_lease() {
+        let (lease, token) = given();
+        assert!(token.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c)), "{token}");
+        assert_eq!(Lease::of_token(&token), Some(lease));
+        assert_eq!(Lease { secret: None, ..lease }.token(), None, "the reaper's is no token");
+    }
+
+    #[test]
+    fn what_is_not_the_very_token_is_none() {
+        let (_, token) = given();
+        let (without_end, end) = token.split_at(token.len() - 1);
+        // The last character carries two bits of the secret. With more of them set, a lenient reader would see the same bytes.
+        assert!("AQgw".contains(end), "{token}");
+        let others = [
+            String::new(),
+            TOKEN.into(),
+            token[TOKEN.len()..].into(),
+            without_end.into(),
+            format!("{token}A"),
+            format!("{token}="),
+            format!(" {token}"),
+            format!("{without_end}R"),
+            token.replace(TOKEN, "st2_"),
+        ];
+        for other in others {
+            assert_eq!(Lease::of_token(&other), None, "{other}");
+        }
+    }
 }

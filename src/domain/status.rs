@@ -3,9 +3,24 @@
 //! ```text
 //!  scheduled ---+--> queued --claim--> running --settle--> succeeded | failed | timed_out | stale | cancelled
 //!  waiting -----+      |  ^               |
-//!                      |  +---release-----+
-//!                      +--expire--> skipped
+//!                      |  +--release------+
+//!                      |  +--settle-------+   another attempt is due after the backoff; the run keeps its slot
+//!                      +--expire--> skipped, or as its last attempt ended
 //! ```
+//!
+//! Who wins when a run is to be cancelled:
+//!
+//! | the run is | cancel comes first | and then | the run becomes |
+//! |---|---|---|---|
+//! | scheduled, waiting, queued, in backoff | yes | | `cancelled` at once |
+//! | running | yes | its worker reports success | `succeeded` |
+//! | running | yes | its worker reports anything else | `cancelled`, never retried; `reason` says what happened |
+//! | running | yes | its worker is lost, or gives it back | `cancelled`, never retried |
+//! | running | yes | a second cancel | no change |
+//! | running | no | its worker reports `cancelled` unasked | `cancelled`, reason `by_worker`, never retried |
+//! | running | no | it ends otherwise, and another attempt is due | `queued`, reason `backoff`; a cancel then ends it at once |
+//! | running | no | a pull worker reports, after its time limit, that it failed or stopped | as if it had been stopped at the limit |
+//! | final | no | | no change: the request is refused |
 //!
 //! The SQL in `store/` has its own literal guards; [`transition`] says what they should come to, and a test plants a run
 //! in each status, fires each event at a real Postgres, and compares.
@@ -99,7 +114,7 @@ impl std::str::FromStr for Status {
 pub enum Event {
     /// A worker takes it to execute it.
     Claim,
-    /// The worker that claimed it gives it back unstarted.
+    /// The worker that claimed it gives it back, unstarted or half done; it costs no attempt.
     Release,
     /// The attempt under the current lease is over.
     Settle(Verdict),
@@ -122,21 +137,34 @@ pub enum Transition {
     Refused,
 }
 
-/// The table of transitions. `cancel_requested` is whether somebody asked for the end of this running run before.
-pub fn transition(from: Status, cancel_requested: bool, event: Event) -> Transition {
+/// What an event meets besides the status.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Somebody asked for the end of this running run before.
+    pub cancel_requested: bool,
+    /// Another attempt is allowed, by number and by how this one ended.
+    pub may_retry: bool,
+    /// How the last attempt of this queued run ended, where it had one.
+    pub last: Option<Verdict>,
+}
+
+/// The table of transitions.
+pub fn transition(from: Status, standing: Standing, event: Event) -> Transition {
     use Event::*;
     use Status::*;
     use Transition::*;
     match (from, event) {
         (Queued, Claim) => To(Running),
         // What was never started has nothing to stop.
-        (Running, Release) if cancel_requested => To(Cancelled),
+        (Running, Release) if standing.cancel_requested => To(Cancelled),
         (Running, Release) => To(Queued),
         // A success that is committed first stands; any other end of a run that was to be cancelled is its cancellation.
         (Running, Settle(Verdict::Succeeded)) => To(Succeeded),
-        (Running, Settle(_)) if cancel_requested => To(Cancelled),
+        (Running, Settle(_)) if standing.cancel_requested => To(Cancelled),
+        (Running, Settle(Verdict::Cancelled)) => To(Cancelled),
+        (Running, Settle(_)) if standing.may_retry => To(Queued),
         (Running, Settle(verdict)) => To(verdict.status()),
-        (Queued, Expire) => To(Skipped),
+        (Queued, Expire) => To(standing.last.map_or(Skipped, Verdict::status)),
         (Scheduled | Waiting | Queued, Cancel) => To(Cancelled),
         (Running, Cancel) => Noted,
         (Queued | Running, ForceRelease) => To(Stale),

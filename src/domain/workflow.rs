@@ -1,10 +1,13 @@
 //! Workflow ids and definitions, and what makes them valid.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
+
+use super::executor::Executor;
+use super::object::object;
+use super::retry::{Backoff, RetryOn, check_max_attempts};
 
 /// A workflow id, or an instance of one (`deploy@prod`); each has its own slot. Can only be made by parsing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -108,6 +111,17 @@ pub struct Definition {
     #[serde(default)]
     #[schema(minimum = 1, maximum = 31536000)]
     pub start_within_seconds: Option<i32>,
+    /// How many attempts a run may have: 1 to 1000.
+    #[serde(default = "one")]
+    #[schema(minimum = 1, maximum = 1000)]
+    pub max_attempts: i32,
+    /// After which ends of an attempt there is another one: some of `failed`, `timed_out`, `stale` (its worker was lost or
+    /// had to stop).
+    #[serde(default = "RetryOn::all")]
+    pub retry_on: BTreeSet<RetryOn>,
+    /// How long a run waits before its next attempt. It keeps its slot meanwhile.
+    #[serde(default, deserialize_with = "object")]
+    pub backoff: Backoff,
     /// Default priority of its runs: -100 to 100, higher first.
     #[serde(default)]
     #[schema(minimum = -100, maximum = 100)]
@@ -120,92 +134,12 @@ pub struct Definition {
     pub labels: BTreeMap<String, String>,
 }
 
+fn one() -> i32 {
+    1
+}
+
 fn default_queue() -> String {
     "default".to_owned()
-}
-
-/// What runs a workflow, chosen by `type`.
-#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
-#[serde(tag = "type", rename_all = "snake_case")]
-pub enum Executor {
-    /// A process of the worker's host.
-    Command(Command),
-}
-
-impl Executor {
-    /// The `type`, as it is stored with each run.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Command(_) => "command",
-        }
-    }
-}
-
-/// A process of the worker's host. It gets the run's input as JSON on standard input; of the environment PATH, HOME,
-/// LANG, TMPDIR, its own `env` and `SINGLETRACK_RUN_ID`, `_WORKFLOW_ID`, `_ATTEMPT`, `_FENCE`. Exit code 0 succeeds; a JSON
-/// object as the last line of standard output becomes the run's `output`.
-#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
-pub struct Command {
-    /// Program and arguments. No shell is involved: use `["sh", "-c", "..."]` for one.
-    #[schema(min_items = 1, example = json!(["npm", "test"]))]
-    pub argv: Vec<String>,
-    /// The folder it runs in, as an absolute path. Without it the folder the service was started in.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cwd: Option<String>,
-    /// Variables added to its environment.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub env: BTreeMap<String, String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Kind {
-    Command,
-}
-
-/// Read member by member: derived, a tagged enum is read into a buffer first, and where in it a mistake is gets lost.
-impl<'de> Deserialize<'de> for Executor {
-    fn deserialize<D: Deserializer<'de>>(input: D) -> Result<Self, D::Error> {
-        input.deserialize_map(ExecutorVisitor)
-    }
-}
-
-struct ExecutorVisitor;
-
-impl<'de> Visitor<'de> for ExecutorVisitor {
-    type Value = Executor;
-
-    fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("an object with a `type`")
-    }
-
-    fn visit_map<M: MapAccess<'de>>(self, mut members: M) -> Result<Executor, M::Error> {
-        let (mut kind, mut argv, mut cwd, mut env, mut unknown) = (None, None, None, None, None);
-        while let Some(name) = members.next_key::<String>()? {
-            match name.as_str() {
-                "type" => kind = Some(members.next_value()?),
-                "argv" => argv = Some(members.next_value()?),
-                "cwd" => cwd = members.next_value()?,
-                "env" => env = Some(members.next_value()?),
-                _ => {
-                    members.next_value::<IgnoredAny>()?;
-                    unknown.get_or_insert(name);
-                }
-            }
-        }
-        // The type first: where it is not known, its members can't be either.
-        let kind = kind.ok_or_else(|| M::Error::missing_field("type"))?;
-        if let Some(name) = unknown {
-            return Err(M::Error::unknown_field(&name, &["type", "argv", "cwd", "env"]));
-        }
-        match kind {
-            Kind::Command => Ok(Executor::Command(Command {
-                argv: argv.ok_or_else(|| M::Error::missing_field("argv"))?,
-                cwd,
-                env: env.unwrap_or_default(),
-            })),
-        }
-    }
 }
 
 impl Definition {
@@ -224,53 +158,22 @@ impl Definition {
         check("/priority", check_priority(self.priority));
         check("/queue", check_queue(&self.queue));
         check("/labels", check_labels(&self.labels));
-        let Executor::Command(command) = &self.executor;
-        check("/executor/argv", check_argv(&command.argv));
-        check("/executor/cwd", check_cwd(command.cwd.as_deref()));
-        check("/executor/env", check_env(&command.env));
+        check("/max_attempts", check_max_attempts(self.max_attempts));
+        for (member, mistake) in self.backoff.mistakes() {
+            check(&format!("/backoff/{member}"), Err(mistake));
+        }
+        for (member, mistake) in self.executor.mistakes() {
+            check(&format!("/executor/{member}"), Err(mistake));
+        }
         found
     }
 }
 
-fn check_seconds(seconds: Option<i32>, longest: i32) -> Result<(), String> {
+pub(super) fn check_seconds(seconds: Option<i32>, longest: i32) -> Result<(), String> {
     match seconds {
         Some(seconds) if !(1..=longest).contains(&seconds) => {
             Err(format!("{seconds} is out of range: 1 to {longest} seconds"))
         }
         _ => Ok(()),
     }
-}
-
-fn check_argv(argv: &[String]) -> Result<(), String> {
-    match argv.first() {
-        None => Err("is empty: give the program and its arguments".into()),
-        Some(program) if program.is_empty() => Err("its first entry, the program, is empty".into()),
-        Some(_) if argv.iter().any(|argument| argument.contains('\0')) => {
-            Err("has a NUL, which no argument can hold".into())
-        }
-        Some(_) => Ok(()),
-    }
-}
-
-fn check_cwd(cwd: Option<&str>) -> Result<(), String> {
-    match cwd {
-        Some(cwd) if !cwd.starts_with('/') => Err(format!("`{}` is not an absolute path", cwd.escape_debug())),
-        Some(cwd) if cwd.contains('\0') => Err("has a NUL, which no path can hold".into()),
-        _ => Ok(()),
-    }
-}
-
-fn check_env(env: &BTreeMap<String, String>) -> Result<(), String> {
-    for (name, value) in env {
-        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(format!(
-                "`{}`: a name is not empty and has no `=`; neither it nor its value has a NUL",
-                name.escape_debug()
-            ));
-        }
-        if name.starts_with("SINGLETRACK_") {
-            return Err(format!("`{name}`: names beginning with SINGLETRACK_ are the service's own"));
-        }
-    }
-    Ok(())
 }

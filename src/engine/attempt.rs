@@ -3,22 +3,18 @@
 use std::time::{Duration, Instant};
 
 use rand::random_range;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::sleep;
 use tracing::Instrument as _;
 
 use super::Ctx;
-use super::boottime::Boottime;
+use super::execute::{Ended, execute, seconds};
 use super::heartbeat::Holding;
-use crate::domain::{Command, Executor, Lease, LogChunk, Outcome, StopCause, Verdict};
-use crate::executor::command::{self, Invocation, Limits};
+use crate::domain::{Lease, Outcome, StopCause, Verdict};
+use crate::executor::boottime::Boottime;
 use crate::store;
-use crate::store::claim::{Claimed, release};
-use crate::store::logs;
+use crate::store::claim::{self, Claimed, release};
 use crate::store::settle::{Settled, settle};
-
-/// Pieces of log that may wait for the database; then the command waits in its write.
-const LOG_BACKLOG: usize = 64;
 
 /// Holds the lease of a claimed run.
 pub(super) fn hold(ctx: &Ctx, claimed: &Claimed, sent: Boottime) -> Holding {
@@ -48,73 +44,20 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding) {
     let started = Instant::now();
     holding.begin();
     tracing::info!("attempt started");
-    let outcome = match serde_json::from_value(claimed.executor.clone()) {
-        Ok(Executor::Command(command)) => run_command(ctx, &claimed, &command, holding.stop.clone()).await,
-        Err(error) => {
-            let text = format!("this version can't read the workflow's executor: {error}");
-            Outcome::because(Verdict::Failed, "unreadable", text)
-        }
+    let over = match execute(ctx, &claimed, &holding).await {
+        Ended::Outcome(outcome) => record(ctx, lease, outcome, started.elapsed()).await,
+        Ended::HandedOver { seconds } => hand_over(ctx, lease, seconds).await,
     };
-    if record(ctx, lease, outcome, started.elapsed()).await {
+    if over {
         holding.end();
     }
 }
 
 /// The replica must leave before the command was started: somebody else may start it.
 async fn give_back(ctx: &Ctx, lease: Lease) {
-    match ctx.db.with(async |connection| release(connection, &[lease], &ctx.name).await).await {
+    match ctx.db.with(async |connection| release(connection, &[lease], &*ctx.name, None).await).await {
         Ok(_) => tracing::info!("gave back what was not started"),
         Err(error) => tracing::warn!(%error, "can't give back what was not started; the reaper will end it"),
-    }
-}
-
-async fn run_command(
-    ctx: &Ctx,
-    claimed: &Claimed,
-    command: &Command,
-    stop: watch::Receiver<Option<StopCause>>,
-) -> Outcome {
-    let (log, chunks) = mpsc::channel(LOG_BACKLOG);
-    let invocation = Invocation {
-        command,
-        run_id: claimed.run.id,
-        workflow_id: &claimed.run.workflow_id,
-        attempt: claimed.run.attempt,
-        fence: claimed.lease.fence,
-        input: claimed.run.input.as_deref(),
-        time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
-        kill_grace: ctx.worker.kill_grace,
-        limits: Limits { log_bytes: ctx.worker.log_bytes, output_bytes: ctx.worker.output_bytes },
-        may_start: &|| ctx.held.is_good(claimed.lease),
-    };
-    let (outcome, ()) = tokio::join!(command::run(invocation, log, stop), keep_log(ctx, claimed.lease, chunks));
-    outcome
-}
-
-fn seconds(of_the_run: Option<i32>, of_the_worker: Duration) -> Duration {
-    of_the_run.and_then(|seconds| u64::try_from(seconds).ok()).map_or(of_the_worker, Duration::from_secs)
-}
-
-/// Stores the log as it comes, in the order in which it came.
-async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>) {
-    let mut seq = 1;
-    let mut batch = Vec::with_capacity(LOG_BACKLOG);
-    while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
-        let mut patience = Patience::default();
-        while let Err(error) = ctx.db.with(async |connection| logs::append(connection, lease, seq, &batch).await).await
-        {
-            if !error.is_passing() {
-                tracing::error!(%error, "a piece of the log can't be stored");
-                break;
-            }
-            // The slot is worth more than the rest of the log.
-            if matches!(ctx.held.cause(lease), Some(StopCause::LeaseLost | StopCause::Unrenewed)) {
-                break;
-            }
-            patience.wait(&error).await;
-        }
-        seq += i64::try_from(batch.len()).unwrap_or_default();
-        batch.clear();
     }
 }
 
@@ -125,7 +68,7 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bo
     let mut outcomes = [(lease, outcome)];
     let mut patience = Patience::default();
     loop {
-        match ctx.db.with(async |connection| settle(connection, &outcomes, &ctx.name).await).await {
+        match ctx.db.with(async |connection| settle(connection, &outcomes, &*ctx.name).await).await {
             Ok(settled) => {
                 report(&settled, verdict, took);
                 return true;
@@ -152,6 +95,30 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bo
     }
 }
 
+/// Tells the database that an http target has the run now. Whether it knows.
+async fn hand_over(ctx: &Ctx, lease: Lease, seconds: i32) -> bool {
+    let mut patience = Patience::default();
+    loop {
+        match ctx.db.with(async |connection| claim::hand_over(connection, lease, seconds).await).await {
+            Ok(true) => {
+                tracing::info!(seconds, "handed over to the http target");
+                return true;
+            }
+            Ok(false) => {
+                tracing::info!("the http target has finished the run already, or the lease was lost");
+                return true;
+            }
+            Err(error) if error.is_passing() && ctx.held.cause(lease) != Some(StopCause::LeaseLost) => {
+                patience.wait(&error).await;
+            }
+            Err(error) => {
+                tracing::error!(%error, "can't hand the run over; the reaper will end it");
+                return false;
+            }
+        }
+    }
+}
+
 fn report(settled: &[Settled], verdict: Verdict, took: Duration) {
     let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     match settled.first() {
@@ -167,7 +134,7 @@ fn report(settled: &[Settled], verdict: Verdict, took: Duration) {
 }
 
 /// Waiting for a database that is away, longer each time.
-struct Patience(Duration);
+pub(super) struct Patience(Duration);
 
 impl Default for Patience {
     fn default() -> Self {
@@ -176,7 +143,7 @@ impl Default for Patience {
 }
 
 impl Patience {
-    async fn wait(&mut self, error: &store::Error) {
+    pub(super) async fn wait(&mut self, error: &store::Error) {
         tracing::debug!(%error, "trying again");
         sleep(self.0.mul_f64(random_range(0.5..=1.0))).await;
         self.0 = (self.0 * 2).min(Duration::from_secs(1));

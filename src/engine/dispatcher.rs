@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::boottime::Boottime;
 use super::{Ctx, Next, attempt};
+use crate::executor::boottime::Boottime;
 use crate::store;
 use crate::store::claim::{Claim, Claimed, claim, release, strays};
 
@@ -72,7 +72,7 @@ impl Dispatcher {
         let held = ctx.held.fences();
         let leases = ctx.db.with(async |connection| strays(connection, &ctx.name, &held).await).await?;
         if !leases.is_empty() {
-            let released = ctx.db.with(async |connection| release(connection, &leases, &ctx.name).await).await?;
+            let released = ctx.db.with(async |connection| release(connection, &leases, &*ctx.name, None).await).await?;
             tracing::info!(runs = released.len(), "gave back what was not started");
         }
         if since.elapsed() > LOST_CLAIM {
@@ -85,11 +85,16 @@ impl Dispatcher {
 /// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
 /// with the wait for that one taken off its lease.
 async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store::Error> {
-    let executor_types = ["command".to_owned()];
+    let (executor_types, workflows) = match &ctx.handlers {
+        Some(handlers) => (vec!["handler".to_owned()], Some(handlers.workflows())),
+        None => (vec!["command".to_owned(), "http".to_owned()], None),
+    };
     let request = Claim {
         worker: &ctx.name,
         queues: ctx.worker.queues.as_deref(),
         executor_types: &executor_types,
+        workflows: workflows.as_deref(),
+        claim_id: None,
         limit: i64::try_from(free).unwrap_or(i64::MAX),
         timeout_seconds: i32::try_from(ctx.worker.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(ctx.worker.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),

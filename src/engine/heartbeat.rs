@@ -4,13 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
 use super::Ctx;
-use super::boottime::Boottime;
 use crate::config::{MARGIN, Worker};
 use crate::domain::{Lease, StopCause};
+use crate::executor::boottime::Boottime;
 use crate::store;
 use crate::store::claim::{Renewal, renew};
 
@@ -36,6 +37,12 @@ struct HeldLease {
     good: Boottime,
     /// Silence after which it must end itself, so that its process is dead before the reaper acts.
     patience: Duration,
+    /// Since when somebody may have asked for its end: it is renewed at once, to know.
+    asked: Option<Boottime>,
+    /// What the attempt last said about how far it is, and is not stored yet.
+    progress: Option<Value>,
+    /// `good` and that patience.
+    end_by: watch::Sender<Boottime>,
     stop: watch::Sender<Option<StopCause>>,
 }
 
@@ -47,6 +54,8 @@ pub(super) struct Holding {
     open: bool,
     /// Hears when the attempt has to end, and why.
     pub(super) stop: watch::Receiver<Option<StopCause>>,
+    /// Until when the attempt may go on if no renewal succeeds.
+    pub(super) end_by: watch::Receiver<Boottime>,
 }
 
 impl Holding {
@@ -97,12 +106,16 @@ impl Held {
     pub(super) fn hold(self: &Arc<Self>, lease: Lease, timeout: Duration, sent: Boottime, worker: &Worker) -> Holding {
         let (stop, stopped) = watch::channel(None);
         let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
+        let (end_by, ends_by) = watch::channel(sent + patience);
         let interval = worker.heartbeat_interval.min(patience / 4).max(SHORTEST_INTERVAL);
-        self.lock().insert(lease.fence, HeldLease { lease, interval, good: sent, patience, stop });
+        self.lock().insert(
+            lease.fence,
+            HeldLease { lease, interval, good: sent, patience, end_by, asked: None, progress: None, stop },
+        );
         // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
         self.fence_off();
         self.changed.notify_one();
-        Holding { held: self.clone(), fence: lease.fence, open: false, stop: stopped }
+        Holding { held: self.clone(), fence: lease.fence, open: false, stop: stopped, end_by: ends_by }
     }
 
     /// Whether the attempt under this lease may go on, by the clock of this moment.
@@ -128,7 +141,7 @@ impl Held {
         let rest = {
             let leases = self.lock();
             let kept = leases.values().filter(|held| !held.is_lost());
-            kept.map(|held| held.interval.saturating_sub(held.good.elapsed())).min()
+            kept.map(HeldLease::rest).min()
         };
         tokio::select! {
             () = self.changed.notified() => {}
@@ -136,10 +149,27 @@ impl Held {
         }
     }
 
-    fn due(&self) -> Vec<Lease> {
+    /// Has those leases renewed at once that `may_be_asked` picks: the answer says whether somebody asked for an end.
+    pub(super) fn look_at(&self, may_be_asked: impl Fn(Lease) -> bool) {
+        for held in self.lock().values_mut().filter(|held| may_be_asked(held.lease)) {
+            held.asked = Some(Boottime::now());
+        }
+        self.changed.notify_one();
+    }
+
+    /// Keeps what an attempt says about how far it is, for its next renewal.
+    pub(super) fn progress(&self, fence: i64, progress: Value) {
+        if let Some(held) = self.lock().get_mut(&fence) {
+            held.progress = Some(progress);
+        }
+    }
+
+    /// What is to be renewed, and what is to be said with it, by fence.
+    fn due(&self) -> (Vec<Lease>, HashMap<i64, Value>) {
         let leases = self.lock();
-        let due = leases.values().filter(|held| !held.is_lost() && held.good.elapsed() >= held.interval);
-        due.map(|held| held.lease).collect()
+        let due: Vec<&HeldLease> = leases.values().filter(|held| !held.is_lost() && held.rest().is_zero()).collect();
+        let progress = due.iter().filter_map(|held| Some((held.lease.fence, held.progress.clone()?))).collect();
+        (due.iter().map(|held| held.lease).collect(), progress)
     }
 
     /// Ends every attempt whose lease the reaper may take before its process could be killed otherwise.
@@ -151,6 +181,11 @@ impl Held {
 }
 
 impl HeldLease {
+    /// How long until it is to be renewed.
+    fn rest(&self) -> Duration {
+        if self.asked.is_some() { Duration::ZERO } else { self.interval.saturating_sub(self.good.elapsed()) }
+    }
+
     fn is_lost(&self) -> bool {
         *self.stop.borrow() == Some(StopCause::LeaseLost)
     }
@@ -181,21 +216,31 @@ pub struct Report {
 
 /// Renews what is due, in one statement.
 pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
-    let due = ctx.held.due();
+    let (due, progress) = ctx.held.due();
     let mut report = Report::default();
     if due.is_empty() {
         return Ok(report);
     }
-    // Sent when there is a connection, which after an outage may be seconds from now.
-    let (sent, renewals) =
-        ctx.lease_db.with(async |connection| Ok((Boottime::now(), renew(connection, &due).await?))).await?;
+    let (sent, renewals) = match send(ctx, &due, &progress).await {
+        Err(store::Error::Refused(error)) if !progress.is_empty() => {
+            // What one handler said must cost nobody a lease.
+            tracing::warn!(%error, "renewing leases without what was said about progress");
+            send(ctx, &due, &HashMap::new()).await?
+        }
+        sent => sent?,
+    };
     let mut leases = ctx.held.lock();
     for (lease, renewal) in due.iter().zip(renewals) {
         // The attempt may have settled meanwhile.
         let Some(held) = leases.get_mut(&lease.fence) else { continue };
         match renewal {
-            Renewal::Held | Renewal::CancelRequested => {
+            // The attempt's own clock ends it at its time limit.
+            Renewal::Held | Renewal::Overdue | Renewal::CancelRequested => {
                 held.good = sent;
+                held.end_by.send_replace(sent + held.patience);
+                // One that was sent before has not seen what came after.
+                held.progress = held.progress.take().filter(|now| Some(now) != progress.get(&lease.fence));
+                held.asked = held.asked.filter(|asked| *asked >= sent);
                 report.renewed += 1;
             }
             Renewal::Busy => report.busy += 1,
@@ -206,4 +251,13 @@ pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
         }
     }
     Ok(report)
+}
+
+/// Sends the renewals, and says when: not before there was a connection, which after an outage may be seconds from now.
+async fn send(
+    ctx: &Ctx,
+    due: &[Lease],
+    progress: &HashMap<i64, Value>,
+) -> Result<(Boottime, Vec<Renewal>), store::Error> {
+    ctx.lease_db.with(async |connection| Ok((Boottime::now(), renew(connection, due, progress).await?))).await
 }

@@ -4,20 +4,24 @@
 //! costs latency and nothing else.
 
 mod attempt;
-mod boottime;
 pub mod dispatcher;
+mod execute;
 pub mod heartbeat;
+pub mod listener;
 pub mod reaper;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config;
+use crate::executor::handler::Handlers;
+use crate::executor::http;
 use crate::store::Db;
 use heartbeat::Held;
 
@@ -26,6 +30,9 @@ const POLL: Duration = Duration::from_millis(500);
 
 /// How often leases are looked at for running out; well within the margin they leave.
 const FENCE_TICK: Duration = Duration::from_millis(200);
+
+/// How long a listener whose connection broke waits before it tries again.
+const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the parts of a worker share.
 #[derive(Clone)]
@@ -38,6 +45,12 @@ pub struct Ctx {
     pub worker: Arc<config::Worker>,
     /// The worker's name, unique per process.
     pub name: Arc<str>,
+    /// The handlers of the program this worker is embedded in, which are then all it runs; `None` in the service.
+    pub handlers: Option<Arc<Handlers>>,
+    /// Sends the requests of `http` executors.
+    pub http: Arc<http::Client>,
+    /// Where an http target that answers 202 finishes its run.
+    pub callback_url: Arc<str>,
     /// Somebody enqueued, or capacity became free.
     pub wake: Arc<Notify>,
     /// The leases this process holds.
@@ -102,6 +115,24 @@ pub async fn renew(ctx: Ctx, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = sleep(jittered(POLL)), if again => {}
             () = ctx.held.until_due(), if !again => {}
+        }
+    }
+}
+
+/// Hears of requests to cancel runs until `stop`.
+pub async fn listen(ctx: Ctx, options: PgConnectOptions, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            heard = listener::listen(&options, &ctx.held) => {
+                if let Err(error) = heard {
+                    tracing::warn!(%error, "can't hear of requests to cancel; they take until the next heartbeat");
+                }
+            }
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(jittered(LISTEN_AGAIN)) => {}
         }
     }
 }

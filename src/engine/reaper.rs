@@ -6,10 +6,11 @@ use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::Next;
-use super::boottime::Boottime;
 use crate::config;
 use crate::domain::{Lease, Outcome, Verdict};
-use crate::store::reap::{Sealed, Sight, expire, seal, sight, sweep_leases, unstarted};
+use crate::executor::boottime::Boottime;
+use crate::store::claim::release;
+use crate::store::reap::{Cause, Sealed, Sight, expire, seal, sight, sweep_leases, unstarted};
 use crate::store::settle::{Settled, settle};
 use crate::store::{self, Db};
 
@@ -41,8 +42,10 @@ struct View {
 /// What a pass did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// Runs that were ended because their worker fell silent, or did not end them in time.
+    /// Runs whose attempt was ended because their worker fell silent, or did not end it in time.
     pub ended: Vec<Uuid>,
+    /// Runs that are queued again because a pull worker never confirmed their lease.
+    pub given_back: Vec<Uuid>,
     /// Runs that were skipped because nobody started them.
     pub expired: Vec<Uuid>,
     /// Whether to look again at once.
@@ -73,13 +76,15 @@ impl Reaper {
         }
         // One after the other, whatever became of the one before.
         let ended = self.end(&sealed).await;
+        let given_back = self.give_back(&sealed).await;
         let expired = self.expire(limit).await;
         let swept = self.db.with(async |connection| sweep_leases(connection, limit).await).await;
-        let (ended, expired, swept) = (ended?, expired?, swept?);
+        let (ended, given_back, expired, swept) = (ended?, given_back?, expired?, swept?);
         let full = [sealed.len(), expired.len(), usize::try_from(swept).unwrap_or(BATCH)].contains(&BATCH);
         // A full batch of which nothing could be ended would be found again at once.
-        let next = if full && (!ended.is_empty() || sealed.is_empty()) { Next::Again } else { Next::Rest };
-        Ok(Report { ended, expired, next })
+        let done = ended.len() + given_back.len();
+        let next = if full && (done > 0 || sealed.is_empty()) { Next::Again } else { Next::Rest };
+        Ok(Report { ended, given_back, expired, next })
     }
 
     /// Since when the database has been seen without a gap. One failed statement is no gap; no good look for as long as a
@@ -101,8 +106,25 @@ impl Reaper {
 
     /// Settles what was sealed, down the same path as a worker's own finish.
     async fn end(&self, sealed: &[Sealed]) -> Result<Vec<Uuid>, store::Error> {
-        let outcomes: Vec<(Lease, Outcome)> = sealed.iter().map(|found| (found.lease, outcome(found))).collect();
+        let ended = |found: &Sealed| Some((found.lease, outcome(found.cause)?));
+        let outcomes: Vec<(Lease, Outcome)> = sealed.iter().filter_map(ended).collect();
         together_or_apart(outcomes, |(lease, _)| lease.run_id, |outcomes| self.settle(outcomes)).await
+    }
+
+    /// Queues again what no pull worker has confirmed.
+    async fn give_back(&self, sealed: &[Sealed]) -> Result<Vec<Uuid>, store::Error> {
+        let never_begun = sealed.iter().filter(|found| outcome(found.cause).is_none());
+        let leases: Vec<Lease> = never_begun.map(|found| found.lease).collect();
+        together_or_apart(leases, |lease| lease.run_id, |leases| self.release(leases)).await
+    }
+
+    async fn release(&self, leases: Vec<Lease>) -> Result<Vec<Uuid>, store::Error> {
+        let reason = Some("unconfirmed");
+        let released = self.db.with(async |connection| release(connection, &leases, "reaper", reason).await).await?;
+        for lease in &released {
+            tracing::warn!(run.id = %lease.run_id, "its pull worker never confirmed the lease: queued again");
+        }
+        Ok(released.into_iter().map(|lease| lease.run_id).collect())
     }
 
     /// Skips what nobody started.
@@ -128,7 +150,7 @@ impl Reaper {
             // Else its worker settled it first, which is as good.
             if let Settled::Recorded(status) = settled {
                 let reason = outcome.reason.as_deref();
-                tracing::warn!(run.id = %lease.run_id, run.fence = lease.fence, status = status.as_str(), reason, "ended");
+                tracing::warn!(run.id = %lease.run_id, run.fence = lease.fence, status = status.as_str(), reason, "ended an attempt");
                 ended.push(lease.run_id);
             }
         }
@@ -175,10 +197,17 @@ async fn together_or_apart<T: Clone, Work: Future<Output = Result<Vec<Uuid>, sto
     Ok(done)
 }
 
-fn outcome(found: &Sealed) -> Outcome {
-    if found.silent {
-        Outcome::because(Verdict::Stale, "worker_lost", "its worker was not heard of for the heartbeat timeout")
-    } else {
-        Outcome::because(Verdict::TimedOut, "unkillable", "its worker did not end it at its time limit")
-    }
+/// How an attempt ended; `None` where there was none.
+fn outcome(cause: Cause) -> Option<Outcome> {
+    let (verdict, reason, error) = match cause {
+        Cause::Unconfirmed => return None,
+        Cause::Silent => (Verdict::Stale, "worker_lost", "its worker was not heard of for the heartbeat timeout"),
+        Cause::Unkillable => (Verdict::TimedOut, "unkillable", "its worker did not end it at its time limit"),
+        Cause::CallbackOverdue => (
+            Verdict::TimedOut,
+            "callback_timeout",
+            "its http target answered 202 and did not finish it within `callback_timeout_seconds`",
+        ),
+    };
+    Some(Outcome::because(verdict, reason, error))
 }

@@ -1,5 +1,7 @@
 //! Claiming due runs, renewing what was claimed, and giving it back.
 
+use std::collections::{HashMap, HashSet};
+
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
@@ -15,6 +17,10 @@ pub struct Claim<'a> {
     pub queues: Option<&'a [String]>,
     /// The executor types it can run.
     pub executor_types: &'a [String],
+    /// The workflows, or definitions, it takes runs of; `None` for all.
+    pub workflows: Option<&'a [String]>,
+    /// Under which id a repetition of this claim is known.
+    pub claim_id: Option<&'a str>,
     /// How many runs at most: its free capacity.
     pub limit: i64,
     /// The time limit of runs whose workflow gives none.
@@ -35,7 +41,24 @@ pub struct Claimed {
 }
 
 /// Takes due runs, highest priority first. Runs that somebody else has locked are passed over, not waited for.
+///
+/// A worker that repeats a claim under its `claim_id` gets what it took under that id before and has not settled since, and
+/// nothing besides; so it does when the two are under way at once.
 pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<Vec<Claimed>> {
+    let Some(claim_id) = claim.claim_id else { return take(connection, claim).await };
+    if let Some(taken) = taken_before(connection, claim.worker, claim_id).await? {
+        return Ok(taken);
+    }
+    match take(connection, claim).await {
+        // The other one was faster. It may have been given back since: then there is nothing now.
+        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => {
+            Ok(taken_before(connection, claim.worker, claim_id).await?.unwrap_or_default())
+        }
+        taken => taken,
+    }
+}
+
+async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<Vec<Claimed>> {
     let rows = sqlx::query_file!(
         "src/store/sql/claim.sql",
         claim.worker,
@@ -44,6 +67,8 @@ pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Re
         claim.limit,
         claim.timeout_seconds,
         claim.heartbeat_timeout_seconds,
+        claim.workflows,
+        claim.claim_id,
     )
     .fetch_all(connection)
     .await?;
@@ -57,6 +82,41 @@ pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Re
         .collect())
 }
 
+/// What `worker` took by an earlier claim under `claim_id` and has not settled since; `None` when that claim took nothing,
+/// or there was none.
+async fn taken_before(
+    connection: &mut PgConnection,
+    worker: &str,
+    claim_id: &str,
+) -> sqlx::Result<Option<Vec<Claimed>>> {
+    let rows = sqlx::query!(
+        r#"
+        select to_jsonb(r) as "run!: Json<Run>", r.lease_secret, r.status = 'running' as "running!",
+               coalesce(v.executor, 'null') as "executor!"
+        from test_runs r
+        left join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
+        where r.worker = $1 and r.claim_id = $2
+        order by r.claim_position
+        "#,
+        worker,
+        claim_id,
+    )
+    .fetch_all(connection)
+    .await?;
+    if rows.is_empty() {
+        return Ok(None);
+    }
+    let open = rows.into_iter().filter(|row| row.running);
+    Ok(Some(
+        open.map(|row| Claimed {
+            lease: Lease { run_id: row.run.id, fence: row.run.fence, secret: row.lease_secret },
+            run: row.run.0,
+            executor: row.executor,
+        })
+        .collect(),
+    ))
+}
+
 /// What a renewal found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Renewal {
@@ -64,23 +124,39 @@ pub enum Renewal {
     Held,
     /// It holds, and somebody asked for the run's end.
     CancelRequested,
+    /// It holds, and the attempt is past its time limit.
+    Overdue,
     /// Somebody has its row in `run_leases` locked, the reaper perhaps: nothing is said yet, and it is to be tried again.
     Busy,
     /// It is gone: the run was settled, or the reaper has shut this claim out.
     Lost,
 }
 
-/// Renews `leases`; the answers stand in their order. Touches `run_leases` only, and waits for nobody's lock: neither
-/// somebody who locks a run by hand nor one locked lease delays the other renewals.
-pub async fn renew(connection: &mut PgConnection, leases: &[Lease]) -> sqlx::Result<Vec<Renewal>> {
+/// Renews `leases`, and keeps what is said about the `progress` of some; the answers stand in the order of the leases.
+/// Touches `run_leases` only, and waits for nobody's lock: neither somebody who locks a run by hand nor one locked lease
+/// delays the other renewals.
+pub async fn renew(
+    connection: &mut PgConnection,
+    leases: &[Lease],
+    progress: &HashMap<i64, serde_json::Value>,
+) -> sqlx::Result<Vec<Renewal>> {
     let (run_ids, fences, secrets) = columns(leases);
-    let rows = sqlx::query_file!("src/store/sql/renew.sql", &run_ids, &fences, &secrets as &[Option<Uuid>])
-        .fetch_all(connection)
-        .await?;
+    let progress: Vec<Option<serde_json::Value>> =
+        leases.iter().map(|lease| progress.get(&lease.fence).cloned()).collect();
+    let rows = sqlx::query_file!(
+        "src/store/sql/renew.sql",
+        &run_ids,
+        &fences,
+        &secrets as &[Option<Uuid>],
+        &progress as &[Option<serde_json::Value>]
+    )
+    .fetch_all(connection)
+    .await?;
     Ok(rows
         .into_iter()
         .map(|row| match (row.current, row.renewed, row.locked) {
             (true, true, _) if row.cancel_requested => Renewal::CancelRequested,
+            (true, true, _) if row.overdue => Renewal::Overdue,
             (true, true, _) => Renewal::Held,
             // Ours to change and yet not renewed: its fence is the reaper's.
             (true, false, true) | (false, _, _) => Renewal::Lost,
@@ -89,12 +165,43 @@ pub async fn renew(connection: &mut PgConnection, leases: &[Lease]) -> sqlx::Res
         .collect())
 }
 
-/// Gives back runs that were claimed and not started: they are queued again, and the attempt does not count. One whose end
-/// was asked for meanwhile is cancelled instead: nobody is to start it any more.
-/// Returns those that were; for the others the lease is lost.
-pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &str) -> sqlx::Result<Vec<Uuid>> {
+/// Hands running runs over to whoever their http target is: from now on nobody has to renew the lease, until `seconds` are
+/// over; the same lease finishes the run. Whether it was held.
+pub async fn hand_over(connection: &mut PgConnection, lease: Lease, seconds: i32) -> sqlx::Result<bool> {
+    let done = sqlx::query!(
+        r#"
+        insert into run_leases as l (run_id, fence, heartbeat_at, held_until)
+        select id, fence, now(), now() + make_interval(secs => $4)
+        from test_runs
+        where id = $1 and status = 'running' and fence = $2 and lease_secret = $3
+        on conflict (run_id) do update
+        set fence = excluded.fence,
+            heartbeat_at = excluded.heartbeat_at,
+            held_until = excluded.held_until,
+            progress = case when l.fence = excluded.fence then l.progress end
+        where l.fence <= excluded.fence -- a larger one is the reaper's
+        "#,
+        lease.run_id,
+        lease.fence,
+        lease.secret,
+        f64::from(seconds),
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected() == 1)
+}
+
+/// Gives back running runs: they are queued again, and the attempt does not count. One whose end was asked for meanwhile is
+/// cancelled instead: nobody is to start it any more. `reason` says why, where the attempt was not simply given back; `actor`
+/// who does it, where that is not the worker that claimed it. Returns the leases that were good for it; the others are lost.
+pub async fn release<'a>(
+    connection: &mut PgConnection,
+    leases: &[Lease],
+    actor: impl Into<Option<&'a str>>,
+    reason: Option<&str>,
+) -> sqlx::Result<Vec<Lease>> {
     let (run_ids, fences, secrets) = columns(leases);
-    sqlx::query_scalar!(
+    let rows = sqlx::query!(
         r#"
         with given as (
             select * from unnest($1::uuid[], $2::bigint[], $3::uuid[]) as g (run_id, fence, secret)
@@ -103,7 +210,8 @@ pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &st
             select r.*
             from given g
             join test_runs r
-                on r.id = g.run_id and r.status = 'running' and r.fence = g.fence and r.lease_secret = g.secret
+                on r.id = g.run_id and r.status = 'running' and r.fence = g.fence
+                and (g.secret is null or r.lease_secret = g.secret)
             order by r.id
             for update of r
         ),
@@ -113,42 +221,48 @@ pub async fn release(connection: &mut PgConnection, leases: &[Lease], actor: &st
                 reason = case when h.cancel_requested_at is not null then 'requested' end,
                 finished_at = case when h.cancel_requested_at is not null then now() end,
                 attempt = r.attempt - 1, settled_fence = r.fence, lease_secret = null, worker = null,
+                claim_id = null, claim_position = null,
                 started_at = null, version = r.version + 1
             from held h
             where r.id = h.id and r.status = 'running' and r.fence = h.fence
-            returning r.id, r.status, r.reason
+            returning r.id, r.fence, r.status, r.reason
         ),
         attempted as (
-            insert into run_attempts (run_id, fence, attempt, status, worker, started_at, finished_at)
-            select h.id, h.fence, h.attempt, 'released', h.worker, h.started_at, greatest(now(), h.started_at)
+            insert into run_attempts (run_id, fence, attempt, status, reason, worker, started_at, finished_at)
+            select h.id, h.fence, h.attempt, 'released', $5, h.worker, h.started_at, greatest(now(), h.started_at)
             from released n
             join held h on h.id = n.id
         ),
         recorded as (
             insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
-            select h.id, 'running', n.status, h.attempt - 1, h.fence, $4, coalesce(n.reason, 'released')
+            select h.id, 'running', n.status, h.attempt - 1, h.fence, coalesce($4, h.worker), coalesce(n.reason, $5, 'released')
             from released n
             join held h on h.id = n.id
         )
-        select id from released
+        select id, fence from released
         "#,
         &run_ids,
         &fences,
         &secrets as &[Option<Uuid>],
-        actor,
+        actor.into(),
+        reason,
     )
     .fetch_all(connection)
-    .await
+    .await?;
+    let released: HashSet<(Uuid, i64)> = rows.into_iter().map(|row| (row.id, row.fence)).collect();
+    Ok(leases.iter().filter(|lease| released.contains(&(lease.run_id, lease.fence))).copied().collect())
 }
 
 /// The leases of runs that this worker has claimed and does not hold: those of a claim whose answer was lost on the way.
-/// `held` are the fences it does hold.
+/// `held` are the fences it does hold. What was handed over to an http target is held by that one.
 pub async fn strays(connection: &mut PgConnection, worker: &str, held: &[i64]) -> sqlx::Result<Vec<Lease>> {
     let rows = sqlx::query!(
         r#"
-        select id, fence, lease_secret
-        from test_runs
-        where status = 'running' and worker = $1 and fence <> all($2::bigint[])
+        select r.id, r.fence, r.lease_secret
+        from test_runs r
+        where r.status = 'running' and r.worker = $1 and r.fence <> all($2::bigint[])
+          and not exists (
+            select from run_leases l where l.run_id = r.id and l.fence = r.fence and l.held_until is not null)
         "#,
         worker,
         held,

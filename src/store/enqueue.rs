@@ -24,8 +24,29 @@ pub struct Request {
     pub priority: Option<i16>,
     /// Labels on top of the workflow's.
     pub labels: BTreeMap<String, String>,
+    /// How many attempts it may have, where it is not the workflow's number.
+    pub max_attempts: Option<i32>,
+    /// The run to repeat, of the same workflow: its definition, revision, input, priority, labels and number of attempts are
+    /// taken where this request says nothing.
+    pub rerun_of: Option<Uuid>,
     /// Who asks.
     pub requested_by: String,
+}
+
+impl Request {
+    /// A request for a run without input, under a new id; everything else is as the workflow says.
+    pub fn new(workflow_id: WorkflowId, requested_by: impl Into<String>) -> Self {
+        Self {
+            id: Uuid::now_v7(),
+            workflow_id,
+            input: None,
+            priority: None,
+            labels: BTreeMap::new(),
+            max_attempts: None,
+            rerun_of: None,
+            requested_by: requested_by.into(),
+        }
+    }
 }
 
 /// What became of a request.
@@ -81,6 +102,8 @@ async fn attempt(
     let priorities: Vec<Option<i16>> = requests.iter().map(|request| request.priority).collect();
     let labels: Vec<_> = requests.iter().map(|request| serde_json::json!(request.labels)).collect();
     let requested_by: Vec<String> = requests.iter().map(|request| request.requested_by.clone()).collect();
+    let max_attempts: Vec<Option<i32>> = requests.iter().map(|request| request.max_attempts).collect();
+    let rerun_of: Vec<Option<Uuid>> = requests.iter().map(|request| request.rerun_of).collect();
     let rows = sqlx::query_file!(
         "src/store/sql/enqueue.sql",
         &ids,
@@ -90,6 +113,8 @@ async fn attempt(
         &labels,
         &requested_by,
         repeated,
+        &max_attempts as &[Option<i32>],
+        &rerun_of as &[Option<Uuid>],
     )
     .fetch_all(connection)
     .await?;

@@ -38,6 +38,71 @@ pub async fn append(
     Ok(())
 }
 
+/// The largest number of a piece: what every reader of JSON can hold. The remark that a log was cut has it, after all others.
+pub const LAST_SEQ: i64 = (1 << 53) - 1;
+
+/// How much of one attempt's log is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Bound {
+    /// Bytes of text.
+    pub bytes: i64,
+    /// Pieces: they are counted again for each new one.
+    pub pieces: i64,
+}
+
+/// Stores one piece of an attempt's log under the number that its worker gave it, 1 to [`LAST_SEQ`] - 1; whether the lease
+/// holds. A number that is there already in its stream is not doubled. The first piece beyond the bound becomes a remark
+/// that says so, and those after it are dropped; of pieces that come at the same moment some may pass the bound.
+pub async fn append_one(
+    connection: &mut PgConnection,
+    lease: Lease,
+    seq: i64,
+    chunk: &LogChunk,
+    bound: Bound,
+) -> sqlx::Result<bool> {
+    let remark = format!("log truncated after {} bytes or {} pieces\n", bound.bytes, bound.pieces);
+    sqlx::query_scalar!(
+        r#"
+        with held as materialized (
+            select fence from test_runs where id = $1 and status = 'running' and fence = $2 and lease_secret = $3
+        ),
+        wanted as materialized (
+            select h.fence
+            from held h
+            where not exists (select from run_logs l where l.fence = h.fence and l.stream = $4 and l.seq = $5)
+              and not exists (select from run_logs l where l.fence = h.fence and l.stream = 'system' and l.seq = $10)
+        ),
+        kept as (
+            -- the length of a text is known without reading it
+            select coalesce(sum(octet_length(l.text)), 0) + octet_length($6) <= $7 and count(*) < $8 as fits
+            from run_logs l
+            where l.fence = (select fence from wanted)
+        ),
+        stored as (
+            insert into run_logs (fence, stream, seq, text)
+            select w.fence, p.stream, p.seq, p.text
+            from wanted w
+            cross join kept k
+            join (values (true, $4, $5, $6), (false, 'system', $10, $9)) p (fits, stream, seq, text) on p.fits = k.fits
+            on conflict do nothing
+        )
+        select exists (select from held) as "held!"
+        "#,
+        lease.run_id,
+        lease.fence,
+        lease.secret,
+        chunk.stream.as_str(),
+        seq,
+        chunk.text,
+        bound.bytes,
+        bound.pieces,
+        remark,
+        LAST_SEQ,
+    )
+    .fetch_one(connection)
+    .await
+}
+
 /// A stored piece of log.
 #[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct LogEntry {
@@ -55,14 +120,16 @@ pub struct LogEntry {
     pub text: String,
 }
 
-/// At most `limit` pieces of a run's log in order, that come after the piece (fence, seq).
+/// At most `limit` pieces of a run's log in order, that come after the piece (fence, seq, stream): a pull worker may count
+/// each stream by itself.
 pub async fn read(
     connection: &mut PgConnection,
     run_id: Uuid,
     attempt: Option<i32>,
-    after: (i64, i64),
+    after: Option<(i64, i64, Stream)>,
     limit: i64,
 ) -> sqlx::Result<Vec<LogEntry>> {
+    let (fence, seq, stream) = after.map_or((0, 0, ""), |(fence, seq, stream)| (fence, seq, stream.as_str()));
     sqlx::query_as!(
         LogEntry,
         r#"
@@ -73,15 +140,16 @@ pub async fn read(
             select attempt, fence from test_runs where id = $1 and status = 'running'
         ) a
         join run_logs l on l.fence = a.fence
-        where ($2::integer is null or a.attempt = $2) and (l.fence, l.seq) > ($3, $4)
-        order by l.fence, l.seq
+        where ($2::integer is null or a.attempt = $2) and (l.fence, l.seq, l.stream) > ($3, $4, $6)
+        order by l.fence, l.seq, l.stream
         limit $5
         "#,
         run_id,
         attempt,
-        after.0,
-        after.1,
+        fence,
+        seq,
         limit,
+        stream,
     )
     .fetch_all(connection)
     .await
@@ -91,7 +159,7 @@ pub async fn read(
 pub async fn text(connection: &mut PgConnection, run_id: Uuid) -> sqlx::Result<String> {
     sqlx::query_scalar!(
         r#"
-        select coalesce(string_agg(l.text, '' order by l.fence, l.seq), '') as "text!"
+        select coalesce(string_agg(l.text, '' order by l.fence, l.seq, l.stream), '') as "text!"
         from (
             select fence from run_attempts where run_id = $1
             union all

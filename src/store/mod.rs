@@ -5,9 +5,11 @@
 //! in the middle of a statement must never be used again.
 
 pub mod claim;
+pub mod control;
 pub mod enqueue;
 pub mod logs;
 pub mod migrate;
+pub mod notify;
 pub mod reap;
 pub mod runs;
 pub mod settle;

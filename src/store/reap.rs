@@ -32,13 +32,29 @@ pub async fn sight(connection: &mut PgConnection) -> sqlx::Result<Sight> {
 pub struct Sealed {
     /// The claim to settle, by fence alone.
     pub lease: Lease,
-    /// True when its worker fell silent; false when it renews but has not ended the run long after its time limit.
-    pub silent: bool,
+    /// What is wrong with it.
+    pub cause: Cause,
 }
 
-/// Shuts out the claims of at most `limit` running runs that are past their heartbeat deadline, or far past their time
-/// limit; the caller settles them. Silence counts from `seen_since` at the earliest, and from the server's start: while the
-/// database was away nobody could renew.
+/// Why the reaper ends a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Its worker fell silent.
+    Silent,
+    /// A pull worker never confirmed it, and the run was given back for that fewer than [`FREE_RETURNS`] times.
+    Unconfirmed,
+    /// Its worker renews it, and has not ended the run long after its time limit.
+    Unkillable,
+    /// The http target that took it over has not finished it in its time.
+    CallbackOverdue,
+}
+
+/// How often a run goes back without costing an attempt because a pull worker never confirmed its lease.
+pub const FREE_RETURNS: i64 = 3;
+
+/// Shuts out the claims of at most `limit` running runs that are past their heartbeat deadline, far past their time limit,
+/// or past the time that an http target took for them; the caller settles them, or gives them back. Silence counts from
+/// `seen_since` at the earliest, and from the server's start: while the database was away nobody could renew.
 ///
 /// From the moment this is committed a renewal of such a claim finds the larger fence in `run_leases` and is told that the
 /// lease is lost, also one that was under way all the time. A renewal that came in first makes this pass leave the run
@@ -52,17 +68,24 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
         looked_at as (
             select r.id, r.fence, coalesce(l.heartbeat_at, r.started_at) as heard_at,
                    make_interval(secs => r.heartbeat_timeout_seconds) as patience,
-                   r.started_at + make_interval(secs => r.timeout_seconds) as ends_at
+                   r.started_at + make_interval(secs => r.timeout_seconds) as ends_at,
+                   l.held_until,
+                   -- A renewal made a row under this fence. Sealed before, it has a row too, which says when it was heard of.
+                   r.executor_type = 'pull' and (l.run_id is null or l.fence > r.fence and l.heartbeat_at <= r.started_at)
+                       as unconfirmed
             from test_runs r
             left join run_leases l on l.run_id = r.id and l.fence >= r.fence -- a smaller one is of an attempt before
             where r.status = 'running'
         ),
         due as materialized (
-            select o.id, o.fence, o.heard_at, greatest(o.heard_at, since.at) + o.patience < now() as silent
+            select o.id, o.fence, o.heard_at, o.unconfirmed, o.held_until is not null as held,
+                   greatest(o.heard_at, since.at) + o.patience < now() as silent
             from looked_at o
             cross join since
-            where greatest(o.heard_at, since.at) + o.patience < now()
-               or greatest(o.ends_at, since.at) + o.patience < now()
+            where case when o.held_until is not null then greatest(o.held_until, since.at + o.patience) < now()
+                  else greatest(o.heard_at, since.at) + o.patience < now()
+                       or greatest(o.ends_at, since.at) + o.patience < now()
+                  end
         ),
         -- The lease first, then the run. What somebody has locked is for a later pass, and keeps no other.
         leased as materialized (
@@ -74,7 +97,7 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
             for update of l skip locked
         ),
         overdue as materialized (
-            select d.id, d.fence, d.heard_at, d.silent
+            select d.id, d.fence, d.heard_at, d.silent, d.unconfirmed, d.held
             from due d
             join test_runs r on r.id = d.id and r.fence = d.fence and r.status = 'running'
             where d.id in (select run_id from leased) or not exists (select from run_leases l where l.run_id = d.id)
@@ -92,19 +115,31 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
             where l.heartbeat_at <= excluded.heartbeat_at -- else a renewal came in first
             returning run_id
         )
-        select o.id as "id!", o.fence as "fence!", o.silent as "silent!"
+        select o.id as "id!", o.fence as "fence!", o.silent as "silent!", o.held as "held!",
+               o.unconfirmed and $3 > (
+                   select count(*) from run_attempts a
+                   where a.run_id = o.id and a.status = 'released' and a.reason = 'unconfirmed') as "unconfirmed!"
         from overdue o
         join sealed s on s.run_id = o.id
         order by o.id
         "#,
         seen_since,
         limit,
+        FREE_RETURNS,
     )
     .fetch_all(connection)
     .await?;
     Ok(rows
         .into_iter()
-        .map(|row| Sealed { lease: Lease { run_id: row.id, fence: row.fence, secret: None }, silent: row.silent })
+        .map(|row| Sealed {
+            lease: Lease { run_id: row.id, fence: row.fence, secret: None },
+            cause: match (row.held, row.unconfirmed, row.silent) {
+                (true, ..) => Cause::CallbackOverdue,
+                (_, true, _) => Cause::Unconfirmed,
+                (_, _, true) => Cause::Silent,
+                _ => Cause::Unkillable,
+            },
+        })
         .collect())
 }
 

@@ -16,6 +16,15 @@ pub async fn get(connection: &mut PgConnection, id: Uuid) -> sqlx::Result<Option
     Ok(run.map(|run| run.0))
 }
 
+/// The runs with these ids, as many of them as there are, in no particular order.
+pub async fn these(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<Vec<Run>> {
+    let runs =
+        sqlx::query_scalar!(r#"select to_jsonb(r) as "run!: Json<Run>" from test_runs r where r.id = any($1)"#, ids)
+            .fetch_all(connection)
+            .await?;
+    Ok(runs.into_iter().map(|run| run.0).collect())
+}
+
 /// Which runs a list is about. What is `None` or empty does not narrow it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Filter {

@@ -8,9 +8,10 @@ use crate::domain::{Lease, Outcome, Status};
 /// What became of an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
-    /// The run is now this.
+    /// The run is now this: final, or `queued` for its next attempt.
     Recorded(Status),
-    /// It was settled under this very lease before: an answer was lost, and the repetition changed nothing.
+    /// The same end was settled under this very lease before: an answer was lost, and the repetition changed nothing. The
+    /// run is this now.
     Already(Status),
     /// The lease is gone; nothing was changed. The run is this now, unless it does not exist.
     Lost(Option<Status>),
@@ -18,13 +19,16 @@ pub enum Settled {
 
 /// Settles attempts. The answers stand in the order of `outcomes`.
 ///
-/// Where the end of the run was asked for, whatever is not a success becomes `cancelled`: decided here, in the update
-/// itself, because the request may arrive until then.
-pub async fn settle(
+/// What an end comes to is decided here, in the update itself, because a request to cancel may arrive until then; the
+/// table is [`crate::domain::status::transition`]. Where another attempt is to follow, the run goes back to `queued` and
+/// keeps its slot; the wait is that of its workflow's revision, or longer where the outcome says so, and a week at most.
+/// `actor` is who does it, where that is not the worker that claimed the run.
+pub async fn settle<'a>(
     connection: &mut PgConnection,
     outcomes: &[(Lease, Outcome)],
-    actor: &str,
+    actor: impl Into<Option<&'a str>>,
 ) -> sqlx::Result<Vec<Settled>> {
+    let actor = actor.into();
     let mut answers = attempt(connection, outcomes, actor).await?;
     // What waited for somebody else's change of its run, perhaps for its own first record, was answered from before that
     // change. A new statement sees it.
@@ -43,7 +47,7 @@ pub async fn settle(
 async fn attempt(
     connection: &mut PgConnection,
     outcomes: &[(Lease, Outcome)],
-    actor: &str,
+    actor: Option<&str>,
 ) -> sqlx::Result<Vec<Settled>> {
     let run_ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
     let fences: Vec<i64> = outcomes.iter().map(|(lease, _)| lease.fence).collect();
@@ -54,6 +58,8 @@ async fn attempt(
     let exit_codes: Vec<Option<i32>> = outcomes.iter().map(|(_, outcome)| outcome.exit_code).collect();
     let outputs: Vec<Option<serde_json::Value>> = outcomes.iter().map(|(_, outcome)| outcome.output.clone()).collect();
     let errors: Vec<Option<String>> = outcomes.iter().map(|(_, outcome)| outcome.error.clone()).collect();
+    let waits: Vec<Option<f64>> =
+        outcomes.iter().map(|(_, outcome)| outcome.retry_after.map(|wait| wait.as_secs_f64())).collect();
     let rows = sqlx::query_file!(
         "src/store/sql/settle.sql",
         &run_ids,
@@ -65,6 +71,7 @@ async fn attempt(
         &outputs as &[Option<serde_json::Value>],
         &errors as &[Option<String>],
         actor,
+        &waits as &[Option<f64>],
     )
     .fetch_all(connection)
     .await?;

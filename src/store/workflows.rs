@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Definition, Executor, WorkflowId};
+use crate::domain::{Backoff, Definition, Executor, RetryOn, WorkflowId};
 
 /// One revision of a workflow: what it says, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -27,6 +27,14 @@ pub struct Revision {
     pub heartbeat_timeout_seconds: Option<i32>,
     /// Longest a queued run may stay unstarted; null: the service's setting.
     pub start_within_seconds: Option<i32>,
+    /// How many attempts its runs may have.
+    pub max_attempts: i32,
+    /// After which ends of an attempt there is another one.
+    #[schema(value_type = Vec<RetryOn>)]
+    pub retry_on: Vec<String>,
+    /// How long a run waits before its next attempt.
+    #[schema(value_type = Backoff)]
+    pub backoff: serde_json::Value,
     /// Default priority of its runs.
     pub priority: i16,
     /// The queue its runs are put in.
@@ -55,6 +63,7 @@ pub async fn put(
     definition: &Definition,
     by: &str,
 ) -> sqlx::Result<Put> {
+    let retry_on: Vec<String> = definition.retry_on.iter().map(|end| end.as_str().to_owned()).collect();
     loop {
         let row = sqlx::query_file!(
             "src/store/sql/put_workflow.sql",
@@ -68,6 +77,9 @@ pub async fn put(
             definition.queue,
             serde_json::json!(definition.labels),
             by,
+            definition.max_attempts,
+            &retry_on,
+            serde_json::json!(definition.backoff),
         )
         .fetch_optional(&mut *connection)
         .await?;

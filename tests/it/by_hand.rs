@@ -35,8 +35,8 @@ async fn a_transaction_that_locks_a_running_run_costs_it_neither_its_lease_nor_i
     let mut psql = PgConnection::connect(&test.url).await.unwrap();
     let mut transaction = psql.begin().await.unwrap();
     sqlx::query("select * from test_runs where id = $1 for update").bind(id).execute(&mut *transaction).await.unwrap();
-    for (seconds, ended) in [(6.0, false), (9.0, true)] {
-        // Longer than the heartbeat timeout of 5 s; then, while it is settled, longer than the 2 s that a statement waits.
+    for (seconds, ended) in [(10.5, false), (13.5, true)] {
+        // Longer than two heartbeat timeouts of 5 s; then, while it is settled, longer than the 2 s that a statement waits.
         eventually("the lock is held long enough", Duration::from_secs(20), || async {
             let began = "select clock_timestamp() - min(xact_start) > make_interval(secs => $1)
                          from pg_stat_activity where datname = current_database() and state = 'idle in transaction'";

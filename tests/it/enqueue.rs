@@ -140,6 +140,9 @@ async fn every_wrong_field_is_named_by_its_pointer() {
         (json!({"priority": 1e9}), "pointer /priority"),
         (json!({"priority": 70000}), "pointer /priority"),
         (json!({"priority": "high"}), "pointer /priority"),
+        (json!({"max_attempts": 0}), "pointer /max_attempts"),
+        (json!({"max_attempts": 1001}), "pointer /max_attempts"),
+        (json!({"max_attempts": "x"}), "pointer /max_attempts"),
         (json!({"labels": ["a"]}), "pointer /labels"),
         (json!({"labels": null}), "pointer /labels"),
         (json!({"labels": {"a": 1}}), "pointer /labels/a"),
@@ -156,15 +159,21 @@ async fn every_wrong_field_is_named_by_its_pointer() {
         let refused = replica.client.post("/api/v1/workflows/w/runs", body.clone()).await;
         assert_eq!(refused.mistakes(), [place], "{body}");
     }
-    let refused = replica.client.post("/api/v1/workflows/w/runs", json!({"priority": 101, "labels": {"": ""}})).await;
-    assert_eq!(refused.mistakes(), ["pointer /priority", "pointer /labels"], "all at once");
+    let refused = replica
+        .client
+        .post("/api/v1/workflows/w/runs", json!({"priority": 101, "labels": {"": ""}, "max_attempts": 0}));
+    assert_eq!(
+        refused.await.mistakes(),
+        ["pointer /priority", "pointer /labels", "pointer /max_attempts"],
+        "all at once"
+    );
     assert_eq!(runs(&test).await, 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_field_that_is_not_known_or_not_yet_heeded_is_refused_by_name() {
     let (test, replica) = idle().await;
-    for name in ["on_conflict", "run_at", "delay_seconds", "max_attempts", "idempotency_key", "inputs", "workflow_id"] {
+    for name in ["on_conflict", "run_at", "delay_seconds", "rerun_of", "idempotency_key", "inputs", "workflow_id"] {
         let refused = replica.client.post("/api/v1/workflows/w/runs", json!({name: "x"})).await;
         assert_eq!(refused.mistakes(), [format!("pointer /{name}")]);
         let detail = refused.body["detail"].as_str().unwrap();

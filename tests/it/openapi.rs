@@ -62,7 +62,7 @@ fn every_operation_says_what_it_is_and_what_it_will_need() {
         let scope = schemes.iter().find_map(|scheme| scheme.get("api_key")).map(|scopes| scopes[0].as_str().unwrap());
         match scope {
             None => assert!(open, "{method} {path}: it will need a scope"),
-            Some(scope) => assert!(["read", "enqueue", "admin"].contains(&scope), "{method} {path}: {scope}"),
+            Some(scope) => assert!(["read", "enqueue", "work", "admin"].contains(&scope), "{method} {path}: {scope}"),
         }
         for parameter in operation["parameters"].as_array().into_iter().flatten() {
             assert!(parameter["description"].is_string(), "{method} {path}: {parameter}");

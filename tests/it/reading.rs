@@ -320,6 +320,8 @@ async fn take(test: &TestDb) -> Lease {
         worker: "tester",
         queues: None,
         executor_types: &types,
+        workflows: None,
+        claim_id: None,
         limit: 1,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,
@@ -336,7 +338,7 @@ async fn attempts_are_listed_oldest_first_with_the_open_one_last_and_events_tell
     let path = format!("/api/v1/runs/{id}");
     assert_eq!(replica.client.get(&format!("{path}/attempts")).await.body, json!({"items": []}));
     let first = take(&test).await;
-    test.db.with(async |connection| release(connection, &[first], "tester").await).await.unwrap();
+    test.db.with(async |connection| release(connection, &[first], "tester", None).await).await.unwrap();
     let second = take(&test).await;
 
     let attempts = replica.client.get(&format!("{path}/attempts")).await.body;

@@ -26,7 +26,7 @@ pub fn reaper(test: &TestDb) -> Reaper {
 
 /// Passes until one has ended `runs` runs in all; what they did, as one.
 async fn passes(reaper: &mut Reaper, runs: usize) -> Report {
-    let mut all = Report { ended: Vec::new(), expired: Vec::new(), next: Next::Rest };
+    let mut all = Report { ended: Vec::new(), given_back: Vec::new(), expired: Vec::new(), next: Next::Rest };
     let since = std::time::Instant::now();
     while all.ended.len() < runs {
         assert!(since.elapsed() < LIMIT, "ended only {:?}", all.ended);
@@ -48,7 +48,7 @@ async fn a_silent_run_becomes_stale_and_one_that_is_heard_of_stays() {
     let silent = plant::overdue(&test, "silent", 1).await;
     let fresh = plant::run(&test, "fresh", Status::Running).await;
     let renewed = plant::run(&test, "renewed", Status::Running).await;
-    plant::silence(&test.sql, renewed.run_id, 3600).await;
+    plant::silence(&test.sql, renewed.run_id, 300).await;
     assert_eq!(renew(&test.db, &[renewed]).await, [Renewal::Held]);
 
     let report = passes(&mut reaper(&test), 1).await;
@@ -114,7 +114,7 @@ async fn a_run_that_renews_long_after_its_time_limit_is_timed_out_as_unkillable(
     let mut reaper = reaper(&test);
     let since = std::time::Instant::now();
     let ended = loop {
-        assert_eq!(renew(&test.db, &[lease, within]).await, [Renewal::Held, Renewal::Held]);
+        assert_eq!(renew(&test.db, &[lease, within]).await, [Renewal::Overdue, Renewal::Held]);
         let report = reaper.pass().await.unwrap();
         if !report.ended.is_empty() {
             break report.ended;
@@ -151,6 +151,68 @@ async fn a_stale_run_that_can_not_be_ended_does_not_keep_the_others() {
     let report = reaper.pass().await.unwrap();
     assert_eq!((report.ended, report.next), (vec![], Next::Rest), "it must not turn in circles over the bad one");
     assert_eq!(plant::status(&test.sql, bad.run_id).await, Status::Running);
+}
+
+/// Plants a run that a pull worker claimed and never confirmed.
+async fn unconfirmed(test: &TestDb, workflow: &str) -> Lease {
+    let lease = plant::overdue(test, workflow, 1).await;
+    sqlx::query("update test_runs set executor_type = 'pull', version = version + 1 where id = $1")
+        .bind(lease.run_id)
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    lease
+}
+
+#[tokio::test]
+async fn a_run_that_can_not_be_given_back_keeps_neither_the_given_back_nor_the_stale() {
+    let test = TestDb::new().await;
+    let a = unconfirmed(&test, "a").await.run_id;
+    let bad = unconfirmed(&test, "poison").await.run_id;
+    let b = unconfirmed(&test, "b").await.run_id;
+    let silent = plant::overdue(&test, "silent", 1).await.run_id;
+    sqlx::raw_sql(
+        "create function refuse_poison() returns trigger language plpgsql as $$
+         begin raise exception 'this row is poisoned'; end $$;
+         create trigger poisoned before update on test_runs for each row
+         when (new.workflow_id = 'poison' and new.status = 'queued') execute function refuse_poison()",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let mut reaper = reaper(&test);
+    let (mut given_back, mut ended) = (Vec::new(), Vec::new());
+    let since = std::time::Instant::now();
+    // The refused batch may hold its locks for a moment after its answer, and what is locked is for the next pass.
+    while (given_back.len(), ended.len()) != (2, 1) {
+        assert!(since.elapsed() < LIMIT, "given back {given_back:?}, ended {ended:?}");
+        let report = reaper.pass().await.unwrap();
+        given_back.extend(report.given_back);
+        ended.extend(report.ended);
+    }
+    given_back.sort();
+    assert_eq!((given_back, ended), (vec![a, b], vec![silent]));
+    assert_eq!(plant::status(&test.sql, bad).await, Status::Running);
+    let report = reaper.pass().await.unwrap();
+    assert_eq!((report.given_back, report.next), (vec![], Next::Rest), "it must not turn in circles over the bad one");
+    sqlx::raw_sql("drop trigger poisoned on test_runs").execute(&test.sql).await.unwrap();
+    assert_eq!(reaper.pass().await.unwrap().given_back, [bad]);
+    test.check().await;
+}
+
+#[tokio::test]
+async fn a_run_that_is_asked_to_end_and_never_confirmed_is_cancelled_and_not_queued_again() {
+    let test = TestDb::new().await;
+    let lease = unconfirmed(&test, "w").await;
+    sqlx::query("select cancel_run($1)").bind(lease.run_id).execute(&test.sql).await.unwrap();
+    let mut reaper = reaper(&test);
+    let since = std::time::Instant::now();
+    while reaper.pass().await.unwrap().given_back != [lease.run_id] {
+        assert!(since.elapsed() < LIMIT);
+    }
+    let run = row(&test.sql, lease.run_id).await;
+    assert_eq!((&run["status"], &run["reason"]), (&json!("cancelled"), &json!("requested")), "{run}");
+    test.check().await;
 }
 
 #[tokio::test]
@@ -237,7 +299,7 @@ async fn runs_that_somebody_has_locked_are_ended_later_and_delay_no_others() {
 async fn a_lease_that_somebody_has_locked_is_ended_later_and_delays_no_other() {
     let test = TestDb::new().await;
     let [locked, silent] = [plant::overdue(&test, "a", 1).await, plant::overdue(&test, "b", 1).await];
-    assert_eq!(renew(&test.db, &[locked, silent]).await, [Renewal::Held, Renewal::Held]);
+    assert_eq!(renew(&test.db, &[locked, silent]).await, [Renewal::Overdue, Renewal::Overdue]);
     for lease in [locked, silent] {
         plant::silence(&test.sql, lease.run_id, 3600).await;
     }

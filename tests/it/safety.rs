@@ -1,11 +1,18 @@
 //! The service can start commands, so nobody may use it unknowingly: web pages, other machines, whoever reads its output.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+
 use reqwest::Method;
+use rustix::process::geteuid;
 use singletrack::config::Settings;
 
 use crate::support::database::TestDb;
 use crate::support::plant;
-use crate::support::process::singletrack;
+use crate::support::process::{GUARD, Process, SHORT_LEASE, singletrack};
+use crate::support::proxy::Proxy;
 use crate::support::replica::{Answer, Client, Replica, short_lease};
 
 /// One request to each kind of route: method, path, body.
@@ -16,6 +23,8 @@ fn requests(run: &str) -> Vec<(Method, String, &'static str)> {
         (Method::POST, "/api/workflow/test-run".into(), r#"{"workflow_id": "w@page"}"#),
         (Method::PUT, "/api/v1/workflows/page".into(), definition),
         (Method::DELETE, "/api/v1/workflows/unused".into(), ""),
+        (Method::POST, format!("/api/v1/runs/{run}/cancel"), "{}"),
+        (Method::POST, format!("/api/v1/runs/{run}/rerun"), "{}"),
         (Method::GET, format!("/api/v1/runs/{run}"), ""),
         (Method::GET, format!("/api/v1/runs/{run}/logs"), ""),
         (Method::GET, format!("/api/script-run/{run}"), ""),
@@ -48,13 +57,14 @@ async fn replica(settings: Settings) -> (TestDb, Replica, String) {
     (test, replica, run)
 }
 
-/// That there is one run and two workflows, as at the start.
+/// That there is one run, queued, and two workflows, as at the start.
 async fn assert_untouched(test: &TestDb) {
-    let counts: (i64, i64, i64) =
-        sqlx::query_as("select (select count(*) from test_runs), count(*), count(deleted_at) from workflows")
-            .fetch_one(&test.sql)
-            .await
-            .unwrap();
+    let counts: (i64, i64, i64) = sqlx::query_as(
+        "select (select count(*) from test_runs where status = 'queued'), count(*), count(deleted_at) from workflows",
+    )
+    .fetch_one(&test.sql)
+    .await
+    .unwrap();
     assert_eq!(counts, (1, 2, 0));
 }
 
@@ -197,4 +207,40 @@ fn a_password_is_printed_nowhere() {
     }
     let config = Settings::default().resolve(Some(urls[0].0.to_owned())).unwrap();
     assert!(!format!("{config:?}").contains("s3cret"), "{config:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_can_not_read_the_services_secrets_under_the_same_account() {
+    if !geteuid().is_root() {
+        eprintln!("SKIPPED: only root can start a replica under an account of no rights");
+        return;
+    }
+    let (test, account) = (TestDb::new().await, 65534);
+    // The database's own socket is closed to it.
+    let proxy = Proxy::to(&test, "nothing is to be lost");
+    let socket = proxy.test.options().get_socket().unwrap().clone();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(socket.join(".s.PGSQL.5432"), fs::Permissions::from_mode(0o777)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // The folder of the build may be closed to that account.
+    let program = folder.path().join("singletrack");
+    fs::copy(GUARD, &program).unwrap();
+    for guard in ["auto", "subreaper"] {
+        let mut command = Command::new(&program);
+        command.arg("serve").env_clear().uid(account).gid(account).current_dir("/");
+        command.envs(SHORT_LEASE.iter().copied()).env("PATH", std::env::var_os("PATH").unwrap());
+        command.env("DATABASE_URL", &proxy.test.url).env("SINGLETRACK_LISTEN", "127.0.0.1:0");
+        command.env("SINGLETRACK_GUARD", guard).env("AWS_SECRET_ACCESS_KEY", "s3cret");
+        let replica = Process::start(command);
+        // What other processes of the account can be looked into, itself among them.
+        let script =
+            "echo its-own: $(id -u); for it in /proc/[0-9]*; do tr '\\0' '\\n' < $it/environ; done 2>/dev/null; true";
+        replica.client.define("w", script).await;
+        let id = replica.client.enqueue("w").await.run_id();
+        assert_eq!(replica.client.finished(id).await["status"], "succeeded");
+        let seen = replica.client.log(id).await;
+        assert!(seen.contains("its-own: 65534\n") && seen.contains("SINGLETRACK_FENCE="), "{seen}");
+        assert!(!seen.contains("s3cret") && !seen.contains("DATABASE_URL"), "{guard}: {seen}");
+    }
 }

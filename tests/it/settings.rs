@@ -75,6 +75,25 @@ fn the_defaults_in_the_help_are_the_defaults() {
     }
 }
 
+#[test]
+fn the_password_of_a_proxy_is_shown_by_nothing() {
+    let settings = [
+        ("SINGLETRACK_HTTP_ALLOW", "10.0.0.0/8, fd00::/8,127.0.0.1, Jobs.internal,*.internal"),
+        ("SINGLETRACK_HTTP_PROXY", "http://me:p%40ss@proxy.internal:3128"),
+        ("SINGLETRACK_HTTP_REDIRECTS", "3"),
+    ];
+    let text = printed(&["serve"], &settings);
+    let shown = pairs(&text);
+    assert_eq!(shown["SINGLETRACK_HTTP_ALLOW"], "10.0.0.0/8,fd00::/8,127.0.0.1/32,jobs.internal,*.internal");
+    assert_eq!(shown["SINGLETRACK_HTTP_PROXY"], "http://me:***@proxy.internal:3128/");
+    assert_eq!(shown["SINGLETRACK_HTTP_REDIRECTS"], "3");
+    let wrong =
+        singletrack(&["serve"]).env("SINGLETRACK_HTTP_PROXY", "socks5://me:p%40ss@proxy:1080").output().unwrap();
+    let lines = complaint(&wrong);
+    assert!(lines[0].starts_with("SINGLETRACK_HTTP_PROXY: must be a URL such as http://"), "{lines:?}");
+    assert!(!lines[0].contains("p%40ss"), "{lines:?}");
+}
+
 /// What a failed start said, line by line.
 fn complaint(output: &Output) -> Vec<String> {
     assert_eq!(output.status.code(), Some(64), "{output:?}");
@@ -95,12 +114,16 @@ fn all_wrong_values_are_told_at_once_a_line_each() {
         ("SINGLETRACK_HEARTBEAT_INTERVAL", "soon"),
         ("SINGLETRACK_HEARTBEAT_TIMEOUT", "45500ms"),
         ("SINGLETRACK_KILL_GRACE", "0s"),
+        ("SINGLETRACK_GUARD", "watchdog"),
         ("SINGLETRACK_RUN_TIMEOUT", "2years"),
         ("SINGLETRACK_START_WITHIN", "60"),
         ("SINGLETRACK_REAP_INTERVAL", "-2s"),
         ("SINGLETRACK_DRAIN_TIMEOUT", "30 seconds or so"),
         ("SINGLETRACK_LOG_BYTES", "10MB"),
         ("SINGLETRACK_OUTPUT_BYTES", "1e6"),
+        ("SINGLETRACK_HTTP_ALLOW", "10.1.2.3/8"),
+        ("SINGLETRACK_HTTP_PROXY", "proxy.internal:3128"),
+        ("SINGLETRACK_HTTP_REDIRECTS", "11"),
         ("SINGLETRACK_LOG_FORMAT", "xml"),
         ("RUST_LOG", "singletrack=loud"),
     ];

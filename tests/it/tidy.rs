@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Which of our modules a module may use.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("config", &["domain"]),
+    ("config", &["domain", "executor"]),
     ("telemetry", &["config"]),
     ("domain", &[]),
     ("store", &["domain"]),
@@ -13,7 +13,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["domain", "store", "executor", "config"]),
     ("api", &["domain", "store"]),
     ("dev", &[]),
-    ("app", &["api", "config", "domain", "engine", "store"]),
+    ("app", &["api", "config", "domain", "engine", "executor", "store"]),
     ("cli", &["app", "config", "dev", "domain", "telemetry"]),
 ];
 

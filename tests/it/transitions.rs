@@ -1,13 +1,15 @@
-//! The one table of transitions against the SQL that carries it out: every status, every event.
+//! The one table of transitions against the SQL that carries it out: every status, every event, every standing.
 
+use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use singletrack::domain::status::transition;
-use singletrack::domain::{Event, Lease, Status, Transition, Verdict};
+use singletrack::domain::{Event, Lease, Standing, Status, Transition, Verdict};
+use singletrack::store::enqueue::Enqueued;
 use singletrack::store::reap;
 use singletrack::store::settle::Settled;
 use uuid::Uuid;
 
-use crate::support::calls::{attempts, claim_some, events, release_one, row, settle_one};
+use crate::support::calls::{attempts, claim_some, events, release_one, request, row, send, settle_one};
 use crate::support::database::TestDb;
 use crate::support::plant;
 
@@ -34,45 +36,88 @@ fn every_event() -> Vec<Event> {
     others.into_iter().chain(Verdict::ALL.map(Event::Settle)).collect()
 }
 
+/// A database whose planted runs may have one attempt more than they had, or none.
+async fn planted(may_retry: bool) -> TestDb {
+    let test = TestDb::new().await;
+    if may_retry {
+        sqlx::query("alter table test_runs alter max_attempts set default 2").execute(&test.sql).await.unwrap();
+    }
+    test
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_event_does_to_every_status_what_the_table_says() {
-    let test = TestDb::new().await;
-    for from in Status::ALL {
-        for event in every_event() {
-            prove(&test, from, false, event).await;
+    for may_retry in [false, true] {
+        let test = planted(may_retry).await;
+        // Whether a final run may have another attempt nothing asks any more.
+        for from in Status::ALL.into_iter().filter(|from| !may_retry || !from.is_final()) {
+            for event in every_event() {
+                prove(&test, from, Standing { may_retry, ..Standing::default() }, event).await;
+            }
         }
+        test.check().await;
     }
-    test.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_event_does_to_a_run_whose_end_was_asked_for_what_the_table_says() {
-    let test = TestDb::new().await;
-    for event in every_event() {
-        prove(&test, Status::Running, true, event).await;
+    for may_retry in [false, true] {
+        let test = planted(may_retry).await;
+        for event in every_event() {
+            let standing = Standing { cancel_requested: true, may_retry, ..Standing::default() };
+            prove(&test, Status::Running, standing, event).await;
+        }
+        test.check().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_event_does_to_a_run_between_two_attempts_what_the_table_says() {
+    let test = planted(true).await;
+    for last in [Verdict::Failed, Verdict::TimedOut, Verdict::Stale] {
+        for event in every_event() {
+            prove(&test, Status::Queued, Standing { last: Some(last), ..Standing::default() }, event).await;
+        }
     }
     test.check().await;
 }
 
-async fn prove(test: &TestDb, from: Status, cancel_requested: bool, event: Event) {
-    let case = format!("{} with {event:?}, cancel requested: {cancel_requested}", from.as_str());
-    let workflow = format!("case-{}", Uuid::new_v4().simple());
-    let lease = plant::run(test, &workflow, from).await;
-    if cancel_requested {
+/// A run of a workflow of its own in the status and standing of a case.
+async fn plant(test: &TestDb, workflow: &str, from: Status, standing: Standing) -> Lease {
+    let lease = match standing.last {
+        None => plant::run(test, workflow, from).await,
+        Some(last) => {
+            let lease = plant::run(test, workflow, Status::Running).await;
+            assert_eq!(settle_one(&test.db, lease, last).await, Settled::Recorded(Status::Queued));
+            plant::due(&test.sql, lease.run_id).await;
+            lease
+        }
+    };
+    if standing.cancel_requested {
         assert_eq!(by_hand(test, "select cancel_run($1)", lease.run_id).await, "cancel-requested");
     }
+    lease
+}
+
+async fn prove(test: &TestDb, from: Status, standing: Standing, event: Event) {
+    let case = format!("{} with {event:?}, {standing:?}", from.as_str());
+    let workflow = format!("case-{}", Uuid::new_v4().simple());
+    let lease = plant(test, &workflow, from, standing).await;
     let before = Seen::now(test, lease.run_id).await;
     let taken = fire(test, event, lease).await;
     let after = Seen::now(test, lease.run_id).await;
 
-    match transition(from, cancel_requested, event) {
+    match transition(from, standing, event) {
         Transition::To(to) => {
             assert!(taken, "{case}: refused");
             assert_moved(&case, &before, &after, (from, event, to));
+            if to.holds_slot() {
+                assert_holds_slot(&case, test, &workflow, lease.run_id).await;
+            }
         }
         Transition::Noted => {
             assert!(taken, "{case}: refused");
-            assert_noted(&case, &before, &after, cancel_requested);
+            assert_noted(&case, &before, &after, standing.cancel_requested);
         }
         Transition::Refused => {
             assert!(!taken, "{case}: whoever fired it was told that it took effect");
@@ -107,31 +152,30 @@ async fn by_hand(test: &TestDb, statement: &'static str, run_id: Uuid) -> String
     sqlx::query_scalar(statement).bind(run_id).fetch_one(&test.sql).await.unwrap()
 }
 
+async fn assert_holds_slot(case: &str, test: &TestDb, workflow: &str, run_id: Uuid) {
+    match send(&test.db, &request(workflow), false).await.unwrap() {
+        Enqueued::SlotTaken(holder) => assert_eq!(holder.run_id, run_id, "{case}"),
+        other => panic!("{case}: its slot was given away: {other:?}"),
+    }
+}
+
 fn assert_moved(case: &str, before: &Seen, after: &Seen, (from, event, to): (Status, Event, Status)) {
     let row = &after.row;
     assert_eq!(row["status"], to.as_str(), "{case}");
     assert_eq!(row["version"], json!(before.row["version"].as_i64().unwrap() + 1), "{case}: not by the service");
     assert_eq!(row["finished_at"].is_string(), to.is_final(), "{case}");
-    // The worker that settled is known by it when it repeats itself.
-    let known = to == Status::Running || matches!(event, Event::Settle(_));
-    assert_eq!(row["lease_secret"].is_string(), known, "{case}");
-    let reason = match event {
-        Event::Expire => json!("expired"),
-        Event::ForceRelease => json!("forced"),
-        Event::Cancel => json!("requested"),
-        Event::Settle(_) if to == Status::Cancelled && before.row["cancel_requested_at"].is_string() => {
-            json!("requested")
-        }
-        Event::Release if to == Status::Cancelled => json!("requested"),
-        _ => Value::Null,
-    };
-    assert_eq!(row["reason"], reason, "{case}");
+    assert_eq!(row["lease_secret"].is_string(), to == Status::Running, "{case}");
+    assert_eq!(row["reason"], reason(before, event, to), "{case}");
 
     let (event_row, earlier) = after.events.split_last().unwrap();
     assert_eq!(earlier, before.events, "{case}: not exactly one event");
     let (name_before, name_after) = (json!(from.as_str()), json!(to.as_str()));
     assert_eq!((&event_row["from_status"], &event_row["to_status"]), (&name_before, &name_after), "{case}");
     assert_eq!((&event_row["fence"], &event_row["attempt"]), (&row["fence"], &row["attempt"]), "{case}");
+    assert_eq!(
+        event_row["reason"],
+        if event == Event::Release { known_as(row, "released") } else { row["reason"].clone() }
+    );
     let actor = match event {
         Event::Expire => "reaper",
         Event::Cancel | Event::ForceRelease => "singletrack",
@@ -139,6 +183,41 @@ fn assert_moved(case: &str, before: &Seen, after: &Seen, (from, event, to): (Sta
     };
     assert_eq!(event_row["actor"], actor, "{case}");
     assert_attempt(case, before, after, (from, event, to));
+    if to == Status::Queued {
+        assert_unclaimed(case, before, after, event);
+    }
+}
+
+/// The reason that the row gives, or `otherwise`.
+fn known_as(row: &Value, otherwise: &str) -> Value {
+    if row["reason"].is_null() { json!(otherwise) } else { row["reason"].clone() }
+}
+
+/// The reason that the run has after a move.
+fn reason(before: &Seen, event: Event, to: Status) -> Value {
+    match (event, to) {
+        (Event::Expire, _) => json!("expired"),
+        (Event::ForceRelease, _) => json!("forced"),
+        (Event::Cancel, _) | (Event::Release, Status::Cancelled) => json!("requested"),
+        (Event::Settle(_), Status::Cancelled) if before.row["cancel_requested_at"].is_string() => json!("requested"),
+        (Event::Settle(_), Status::Cancelled) => json!("by_worker"),
+        (Event::Settle(_), Status::Queued) => json!("backoff"),
+        _ => Value::Null,
+    }
+}
+
+/// A run that is queued again is nobody's, and due at once, or after the wait of the default backoff.
+fn assert_unclaimed(case: &str, before: &Seen, after: &Seen, event: Event) {
+    for column in ["worker", "claim_id", "claim_position", "lease_secret", "finished_at"] {
+        assert_eq!(after.row[column], Value::Null, "{case}: {column}");
+    }
+    if event == Event::Release {
+        assert_eq!(after.row["available_at"], before.row["available_at"], "{case}");
+        return;
+    }
+    let at = |value: &Value| -> DateTime<Utc> { serde_json::from_value(value.clone()).unwrap() };
+    let wait = at(&after.row["available_at"]) - at(&after.events.last().unwrap()["at"]);
+    assert!((4_000..=6_000).contains(&wait.num_milliseconds()), "{case}: 5 s, more or less by a fifth: {wait}");
 }
 
 /// An attempt is recorded when it is over, and only then.
@@ -157,7 +236,18 @@ fn assert_attempt(case: &str, before: &Seen, after: &Seen, (from, event, to): (S
     assert_eq!(after.row["settled_fence"], before.row["fence"], "{case}");
     let [attempt] = after.attempts.as_slice() else { panic!("{case}: not one attempt: {:?}", after.attempts) };
     let released = event == Event::Release;
-    assert_eq!(attempt["status"], if released { "released" } else { to.as_str() }, "{case}");
+    let (ended, why) = match event {
+        Event::Release => ("released", Value::Null),
+        Event::Settle(verdict) if !to.is_final() => (verdict.status().as_str(), Value::Null),
+        _ => (to.as_str(), after.row["reason"].clone()),
+    };
+    assert_eq!((&attempt["status"], &attempt["reason"]), (&json!(ended), &why), "{case}");
+    // By these a worker that repeats itself is known.
+    let (said, secret) = match event {
+        Event::Settle(verdict) => (json!(verdict.status().as_str()), before.row["lease_secret"].clone()),
+        _ => (Value::Null, Value::Null),
+    };
+    assert_eq!((&attempt["verdict"], &attempt["lease_secret"]), (&said, &secret), "{case}");
     for column in ["fence", "attempt", "worker", "started_at"] {
         assert_eq!(attempt[column], before.row[column], "{case}: {column}");
     }

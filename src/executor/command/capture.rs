@@ -11,10 +11,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::domain::run::{LogChunk, Stream};
+use crate::executor::log::Log;
+use crate::executor::text::Text;
 
 use super::Limits;
 use super::output::{Found, LastLine};
-use super::text::Text;
 
 const READ_BYTES: usize = 16 * 1024;
 
@@ -22,7 +23,7 @@ const READ_BYTES: usize = 16 * 1024;
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]
 pub(super) enum Phase {
     Running,
-    /// Nobody of the group is left: what is in the pipes now is all there will be.
+    /// Nobody of the run is left: what is in the pipes now is all there will be.
     Draining,
     /// Nobody waits for the log any more.
     Abandoned,
@@ -35,7 +36,7 @@ pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
     drop(phase.wait_for(|now| *now >= wanted).await);
 }
 
-/// Reads both pipes until they end, or the group has, and returns the run's output.
+/// Reads both pipes until they end, or the run has, and returns the run's output.
 pub(super) async fn capture(
     stdout: Option<ChildStdout>,
     stderr: Option<ChildStderr>,
@@ -43,13 +44,7 @@ pub(super) async fn capture(
     limits: Limits,
     mut phase: watch::Receiver<Phase>,
 ) -> Option<Value> {
-    let mut sink = Sink {
-        log: Some(log),
-        left: limits.log_bytes,
-        limit: limits.log_bytes,
-        limit_reached: false,
-        phase: phase.clone(),
-    };
+    let mut sink = Sink { log: Log::new(log, limits.log_bytes), phase: phase.clone() };
     let mut out = Tap::new(stdout, Stream::Stdout);
     let mut err = Tap::new(stderr, Stream::Stderr);
     let mut last_line = LastLine::new(limits.output_bytes);
@@ -79,7 +74,7 @@ pub(super) async fn capture(
                 out.log(read, &mut sink).await;
             }
             read = err.read(), if err.is_open() => err.log(read, &mut sink).await,
-            // A process that left the group can steal what was counted, through /proc, so that it never comes.
+            // Whoever opens the pipe through /proc can steal what was counted, so that it never comes.
             () = reached(&mut phase, Phase::Abandoned) => break,
         }
     }
@@ -90,10 +85,9 @@ pub(super) async fn capture(
         Found::Nothing => None,
         Found::TooLong => {
             let limit = limits.output_bytes;
-            sink.say(format!(
-                "the last line of standard output has more than {limit} bytes and is not kept as output\n"
-            ))
-            .await;
+            let text =
+                format!("the last line of standard output has more than {limit} bytes and is not kept as output\n");
+            sink.send(Stream::System, text).await;
             None
         }
     }
@@ -102,7 +96,7 @@ pub(super) async fn capture(
 /// One pipe and the text read from it that is not in the log yet.
 struct Tap<R> {
     pipe: Option<R>,
-    /// What may still be read, once the group is gone.
+    /// What may still be read, once the run is gone.
     left: Option<usize>,
     buffer: Vec<u8>,
     text: Text,
@@ -136,7 +130,7 @@ impl<R: AsyncRead + AsFd + Unpin> Tap<R> {
         if let Some(left) = &mut self.left {
             *left -= read;
         }
-        if sink.is_deaf() {
+        if sink.log.is_deaf() {
             self.text = Text::default();
             return;
         }
@@ -163,8 +157,8 @@ impl<R: AsyncRead + AsFd + Unpin> Tap<R> {
         self.flush(sink).await;
     }
 
-    /// From here on only what the group left in the pipe is read. No end of file is waited for: a process that left
-    /// the group may hold the pipe, and write to it, for ever.
+    /// From here on only what the run left in the pipe is read. No end of file is waited for: where the guard is off, or a
+    /// pipe was handed to a stranger, somebody may hold it, and write to it, for ever.
     fn drain_only(&mut self) {
         if let Some(pipe) = &self.pipe {
             let waiting = ioctl_fionread(pipe).unwrap_or(0);
@@ -173,53 +167,21 @@ impl<R: AsyncRead + AsFd + Unpin> Tap<R> {
     }
 }
 
-/// The log's receiver and what it may still be sent.
+/// The log, for as long as somebody waits for it.
 struct Sink {
-    log: Option<mpsc::Sender<LogChunk>>,
-    left: u64,
-    limit: u64,
-    limit_reached: bool,
+    log: Log,
     phase: watch::Receiver<Phase>,
 }
 
 impl Sink {
-    /// Whether what is sent from now on is dropped.
-    fn is_deaf(&self) -> bool {
-        self.log.is_none() || self.limit_reached
-    }
-
-    async fn send(&mut self, stream: Stream, mut text: String) {
-        if self.is_deaf() {
-            return;
-        }
-        let size = text.len() as u64;
-        if size <= self.left {
-            self.left -= size;
-            return self.deliver(stream, text).await;
-        }
-        self.limit_reached = true;
-        text.truncate(text.floor_char_boundary(usize::try_from(self.left).unwrap_or(usize::MAX)));
-        if !text.is_empty() {
-            self.deliver(stream, text).await;
-        }
-        self.say(format!("log truncated after {} bytes\n", self.limit)).await;
-    }
-
-    /// Says something about the log itself, which does not count.
-    async fn say(&mut self, text: String) {
-        self.deliver(Stream::System, text).await;
-    }
-
     /// Waits while the log is full, which makes the command wait, but no longer than somebody waits for the log.
-    async fn deliver(&mut self, stream: Stream, text: String) {
-        let Some(log) = &self.log else { return };
-        let chunk = LogChunk { stream, text };
+    async fn send(&mut self, stream: Stream, text: String) {
         tokio::select! {
             biased;
-            sent = log.send(chunk) => if sent.is_err() { self.log = None },
+            () = self.log.send(stream, text) => {}
             () = reached(&mut self.phase, Phase::Abandoned) => {
                 tracing::warn!("nobody read the end of a run's log in time, it is dropped");
-                self.log = None;
+                self.log.close();
             }
         }
     }

@@ -1,22 +1,20 @@
-//! The `command` executor: one process of this host per attempt, in a process group of its own.
+//! The `command` executor: one process of this host per attempt, under a guard that leaves nothing of it behind.
 //!
-//! `program.rs` says beforehand why a command cannot start, `spawn.rs` starts it, `group.rs` watches and signals its
-//! process group, `ladder.rs` decides when the group must go (TERM, grace, KILL), `capture.rs` turns what it prints
-//! into a bounded log (`text.rs` cuts it) and `output.rs` finds the result in its last line.
+//! `spawn.rs` starts a guard ([`guard`], a process of its own) and hands it the command, `follow.rs` tells it when the run
+//! must end and watches it, `orphans.rs` cleans up after a guard that died. `capture.rs` turns what the command prints into a
+//! bounded log and `output.rs` finds the result in its last line.
 //!
-//! Invariant: when [`run`] returns, nothing of the command's process group is alive, whatever the verdict. A process
-//! that left the group (`setsid`, a shell's `set -m`) is out of reach of this module: it neither delays the run nor is
-//! it killed with it.
+//! Invariant: when [`run`] returns, nothing that the command has started is alive, whatever the verdict, also what left its
+//! process group or session. Only a guard that is [`Off`](guard::Mode::Off) breaks it.
 
 mod capture;
-mod group;
-mod ladder;
+mod exit;
+mod follow;
+pub mod guard;
+mod orphans;
 mod output;
-mod program;
+mod processes;
 mod spawn;
-#[cfg(test)]
-mod tests;
-mod text;
 
 use std::time::Duration;
 
@@ -25,14 +23,17 @@ use serde_json::value::RawValue;
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
+use super::boottime::Boottime;
+use crate::domain::executor::Command;
 use crate::domain::outcome::{Outcome, Verdict};
 use crate::domain::run::{LogChunk, StopCause};
-use crate::domain::workflow::Command;
+use crate::executor::stop::{Stop, stopped};
 
 use capture::Phase;
-use group::Exit;
-use ladder::{End, Stop};
-use program::StartError;
+use exit::Exit;
+use follow::End;
+pub use spawn::Guarding;
+use spawn::{Guard, Pipes, StartError};
 
 /// How long the tail of the log may wait for its reader once the command is over and nobody asked it to stop.
 const LOG_PATIENCE: Duration = Duration::from_secs(10);
@@ -57,10 +58,15 @@ pub struct Invocation<'a> {
     pub time_limit: Duration,
     /// Between TERM and KILL.
     pub kill_grace: Duration,
-    /// How much of what the command prints is kept.
+    /// How much of what the command prints is kept, unless the command itself says otherwise.
     pub limits: Limits,
-    /// Asked directly before the process is started: a worker that was frozen until now may have lost the run meanwhile,
-    /// before anybody could say so on `stop`.
+    /// Who watches over it.
+    pub guarding: &'a Guarding,
+    /// Until when the lease is good, moved by each renewal: nothing is started after it, and the guard ends by itself what
+    /// runs longer.
+    pub end_by: watch::Receiver<Boottime>,
+    /// Asked directly before the guard is told to start: the worker may have lost the run meanwhile, before anybody could say
+    /// so on `stop`.
     pub may_start: &'a (dyn Fn() -> bool + Sync),
 }
 
@@ -79,9 +85,9 @@ pub struct Limits {
 /// UTF-8 and NUL replaced by U+FFFD; `System` is this executor speaking. While `log` is full the command waits on its
 /// pipe, when it is closed the log is discarded. The attempt ends early when `stop` holds a cause or the time limit
 /// passes, even while `log` is stuck. Must be called on a thread that lives as long as the command (a Tokio worker, not
-/// `spawn_blocking`).
+/// `spawn_blocking`), in a process that starts no other children meanwhile: this makes it a subreaper.
 ///
-/// Dropping the future kills the command's process group at once, without waiting for it to be gone.
+/// Dropping the future has everything of the run killed at once, without waiting for it to be gone.
 pub async fn run(
     invocation: Invocation<'_>,
     log: mpsc::Sender<LogChunk>,
@@ -89,22 +95,23 @@ pub async fn run(
 ) -> Outcome {
     let time_limit = invocation.time_limit;
     let mut stop = Stop::new(stop, time_limit);
-    let started = tokio::select! {
-        biased;
-        cause = stop.requested() => return stopped(cause, None, None, time_limit),
-        started = spawn::start(&invocation) => started,
-    };
-    let started = match started {
+    let (guard, pipes) = match start(&invocation, &mut stop).await {
         Ok(started) => started,
-        Err(StartError::TooLate) => return stopped(StopCause::Unrenewed, None, None, time_limit),
-        Err(error) => return failed(None, None, error.to_string()),
+        Err(outcome) => return outcome,
+    };
+    let of_the_command = invocation.command.limits;
+    let limits = Limits {
+        log_bytes: of_the_command.log_bytes.unwrap_or(invocation.limits.log_bytes),
+        output_bytes: of_the_command
+            .output_bytes
+            .map_or(invocation.limits.output_bytes, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX)),
     };
 
     let (phase, phases) = watch::channel(Phase::Running);
-    let feeding = spawn::feed(started.stdin, invocation.input, phases.clone());
-    let capturing = capture::capture(started.stdout, started.stderr, log, invocation.limits, phases);
+    let feeding = spawn::feed(pipes.stdin, invocation.input, phases.clone());
+    let capturing = capture::capture(pipes.stdout, pipes.stderr, log, limits, phases);
     let supervising = async move {
-        let end = ladder::see_out(started.group, &mut stop, invocation.kill_grace).await;
+        let end = follow::see_out(guard, &mut stop, invocation.end_by, invocation.kill_grace).await;
         // Everybody may have stopped listening already, which is fine.
         let _ = phase.send(Phase::Draining);
         tokio::select! {
@@ -114,14 +121,51 @@ pub async fn run(
         end
     };
     // One future for all three: a flood in one cannot keep the others from being polled (Tokio's budget makes it
-    // yield), and dropping it drops the process with it.
+    // yield), and dropping it drops the guard with it.
     let (end, output, ()) = tokio::join!(supervising, capturing, feeding);
     conclude(end, output, time_limit)
 }
 
+/// Starts the command under a guard, or says how the attempt ended without it.
+async fn start(invocation: &Invocation<'_>, stop: &mut Stop) -> Result<(Guard, Pipes), Outcome> {
+    let time_limit = invocation.time_limit;
+    tokio::select! {
+        biased;
+        cause = stop.requested() => return Err(stopped(cause, time_limit)),
+        () = std::future::ready(()) => {}
+    }
+    let (mut guard, pipes) =
+        Guard::spawn(invocation.guarding).map_err(|error| failed(None, None, error.to_string()))?;
+    let started = tokio::select! {
+        biased;
+        // It may be about to start the command, or have started it.
+        cause = stop.requested() => {
+            guard.destroy().await;
+            return Err(stopped(cause, time_limit));
+        }
+        started = guard.start(invocation) => started,
+    };
+    let Err(error) = started else { return Ok((guard, pipes)) };
+    let said = error.to_string();
+    match error {
+        StartError::GuardLost => {
+            guard.destroy().await;
+            Err(guard_lost(None, said))
+        }
+        StartError::TooLate => {
+            guard.leave().await;
+            Err(stopped(StopCause::Unrenewed, time_limit))
+        }
+        StartError::NoGuard { .. } | StartError::Refused(_) => {
+            guard.leave().await;
+            Err(failed(None, None, said))
+        }
+    }
+}
+
 /// Ends when the tail of the log has had its time. Without it a stuck log reader would hold the slot for ever.
 async fn patience(end: &End, stop: &mut Stop) {
-    if end.cause.is_none() {
+    if matches!(end, End::Ended(_)) {
         tokio::select! {
             _ = stop.requested() => {}
             () = tokio::time::sleep(LOG_PATIENCE) => return,
@@ -131,34 +175,21 @@ async fn patience(end: &End, stop: &mut Stop) {
 }
 
 fn conclude(end: End, output: Option<Value>, time_limit: Duration) -> Outcome {
-    let exit_code = match end.exit {
-        Exit::Code(code) => Some(code),
-        Exit::Signal(_) | Exit::Unknown => None,
-    };
-    match (end.cause, end.exit) {
+    match end {
         // A program that heeds TERM usually exits 0 with its work half done: after a stop that is no success.
-        (Some(cause), _) => stopped(cause, exit_code, output, time_limit),
-        (None, Exit::Code(0)) => Outcome { verdict: Verdict::Succeeded, reason: None, exit_code, output, error: None },
-        (None, exit) => failed(exit_code, output, exit.to_string()),
+        End::Stopped(cause, exit) => {
+            Outcome { exit_code: exit.and_then(Exit::code), output, ..stopped(cause, time_limit) }
+        }
+        End::Ended(Exit::Code(0)) => Outcome { exit_code: Some(0), output, ..Outcome::of(Verdict::Succeeded) },
+        End::Ended(exit) => failed(exit.code(), output, exit.to_string()),
+        End::GuardLost => guard_lost(output, "killed because the guard of the command was gone".to_owned()),
     }
 }
 
-fn failed(exit_code: Option<i32>, output: Option<Value>, error: String) -> Outcome {
-    Outcome { verdict: Verdict::Failed, reason: None, exit_code, output, error: Some(error) }
+fn guard_lost(output: Option<Value>, error: String) -> Outcome {
+    Outcome { output, ..Outcome::because(Verdict::Stale, "guard_lost", error) }
 }
 
-fn stopped(cause: StopCause, exit_code: Option<i32>, output: Option<Value>, time_limit: Duration) -> Outcome {
-    let (verdict, reason, error) = match cause {
-        StopCause::Timeout => {
-            let limit = time_limit.as_secs_f64();
-            (Verdict::TimedOut, "timeout", format!("ran longer than its time limit of {limit} s"))
-        }
-        StopCause::Cancel => (Verdict::Cancelled, "requested", "cancelled on request".to_owned()),
-        StopCause::Shutdown => (Verdict::Stale, "shutdown", "stopped because its worker shut down".to_owned()),
-        StopCause::Unrenewed => {
-            (Verdict::Stale, "worker_lost", "stopped because its worker could not renew the lease".to_owned())
-        }
-        StopCause::LeaseLost => (Verdict::Stale, "worker_lost", "killed because its worker lost the lease".to_owned()),
-    };
-    Outcome { verdict, reason: Some(reason.to_owned()), exit_code, output, error: Some(error) }
+fn failed(exit_code: Option<i32>, output: Option<Value>, error: String) -> Outcome {
+    Outcome { exit_code, output, error: Some(error), ..Outcome::of(Verdict::Failed) }
 }

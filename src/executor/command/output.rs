@@ -1,6 +1,8 @@
 //! The run's output: a JSON object in the last line of standard output.
 
-use serde_json::{Map, Value};
+use serde_json::Value;
+
+use crate::executor::output::object;
 
 /// The last line that is not blank, of a stream that may be endless or one single line.
 pub(super) struct LastLine {
@@ -50,13 +52,7 @@ impl LastLine {
         match self.last {
             None => Found::Nothing,
             Some(line) if line.too_long => Found::TooLong,
-            Some(line) => {
-                let text = String::from_utf8_lossy(&line.bytes).replace('\0', "\u{fffd}");
-                match serde_json::from_str(&text) {
-                    Ok(Value::Object(object)) => Found::Object(Value::Object(storable_object(object))),
-                    Ok(_) | Err(_) => Found::Nothing,
-                }
-            }
+            Some(line) => object(&line.bytes).map_or(Found::Nothing, Found::Object),
         }
     }
 
@@ -68,18 +64,4 @@ impl LastLine {
         self.line.bytes.clear();
         self.line.too_long = false;
     }
-}
-
-/// jsonb refuses NUL, also as `\u0000`, and the whole row with it.
-fn storable(value: Value) -> Value {
-    match value {
-        Value::String(text) => Value::String(text.replace('\0', "\u{fffd}")),
-        Value::Array(values) => Value::Array(values.into_iter().map(storable).collect()),
-        Value::Object(object) => Value::Object(storable_object(object)),
-        other => other,
-    }
-}
-
-fn storable_object(object: Map<String, Value>) -> Map<String, Value> {
-    object.into_iter().map(|(key, value)| (key.replace('\0', "\u{fffd}"), storable(value))).collect()
 }

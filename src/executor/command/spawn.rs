@@ -1,71 +1,159 @@
-//! Starts a command: its environment, its descriptors, its process group, its standard input.
+//! The worker's side of a guard: starts it, tells it what to run, and makes sure that it and its run are gone.
 
 use std::ffi::OsString;
-use std::io;
-use std::os::fd::BorrowedFd;
+use std::io::{self, Write as _};
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream as Socket;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
+use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::value::RawValue;
-use tokio::io::AsyncWriteExt;
-use tokio::process::{ChildStderr, ChildStdin, ChildStdout, Command as Process};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command as Process};
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout};
 
 use super::Invocation;
 use super::capture::{Phase, reached};
-use super::group::Group;
-use super::program::{Plan, StartError};
+use super::guard::protocol::{Order, Report, Start, line};
+use super::guard::{ARGUMENT, Mode};
+use super::orphans::{self, Registered};
 
 /// What a command gets of the service's environment. Anything else could be a secret, `DATABASE_URL` to begin with.
 const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// A program that is just being replaced is busy for a moment; so is a file that another thread's child still holds.
-const BUSY_TRIES: u32 = 10;
-const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// How long a guard that has nothing left to do may take to end.
+const LAST_WORDS: Duration = Duration::from_millis(300);
+/// How often a run that survives its KILL is complained about.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
-/// A command that runs.
-pub(super) struct Started {
-    pub(super) group: Group,
+/// How commands are guarded.
+#[derive(Clone, Debug)]
+pub struct Guarding {
+    /// How much of a run a guard can reach.
+    pub mode: Mode,
+    /// The program that becomes the guard: one whose `main` begins with [`run_if_asked`](super::guard::run_if_asked).
+    pub program: PathBuf,
+}
+
+impl Guarding {
+    /// By this very program, also when it has been replaced on disk meanwhile.
+    pub fn by_this_program(mode: Mode) -> Self {
+        Self { mode, program: PathBuf::from("/proc/self/exe") }
+    }
+}
+
+/// Why a command was not started.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("cannot start the guard of the command, {program:?}: {error}; see whether it is there, and `ulimit -a`")]
+    NoGuard { program: PathBuf, error: io::Error },
+    #[error("{0}")]
+    Refused(String),
+    #[error("the lease was about to run out before the command could be started")]
+    TooLate,
+    #[error("the guard of the command ended before it could start it")]
+    GuardLost,
+}
+
+/// The pipes of a command.
+pub(super) struct Pipes {
     pub(super) stdin: Option<ChildStdin>,
     pub(super) stdout: Option<ChildStdout>,
     pub(super) stderr: Option<ChildStderr>,
 }
 
-/// Starts the command, or says why that cannot be.
-pub(super) async fn start(invocation: &Invocation<'_>) -> Result<Started, StartError> {
-    let environment = environment(invocation);
-    let plan = plan(invocation, &environment)?;
-    let program = plan.program.clone();
-    // A file system that does not answer must block no worker thread, nor outlast a stop.
-    let checked = tokio::task::spawn_blocking(move || plan.check().map(|()| plan)).await;
-    let plan = checked.map_err(|error| StartError::Other { program, error: io::Error::other(error) })??;
+/// A guard and its run. Dropped, it kills the run at once: the guard sees its socket closed.
+pub(super) struct Guard {
+    child: Child,
+    registered: Registered,
+    reports: Lines<BufReader<UnixStream>>,
+    /// The same socket for orders: written to without waiting.
+    orders: Socket,
+}
 
-    let mut process = process(invocation, environment);
-    let mut tries = 0;
-    let mut child = loop {
-        keep_descriptors_private();
-        // Nothing may come between this question and the start: not an await, not a system call that waits.
+impl Guard {
+    /// Starts a guard. Its run is not started yet.
+    pub(super) fn spawn(guarding: &Guarding) -> Result<(Guard, Pipes), StartError> {
+        Self::try_spawn(guarding).map_err(|error| StartError::NoGuard { program: guarding.program.clone(), error })
+    }
+
+    fn try_spawn(guarding: &Guarding) -> io::Result<(Guard, Pipes)> {
+        let (orders, theirs) = Socket::pair()?;
+        orders.set_nonblocking(true)?;
+        let reports = BufReader::new(UnixStream::from_std(orders.try_clone()?)?).lines();
+        let mut process = process(guarding, theirs);
+        let (mut child, registered) = orphans::spawn(&mut process, guarding.mode != Mode::Off)?;
+        let pipes = Pipes { stdin: child.stdin.take(), stdout: child.stdout.take(), stderr: child.stderr.take() };
+        Ok((Guard { child, registered, reports, orders }, pipes))
+    }
+
+    /// Has the command started.
+    pub(super) async fn start(&mut self, invocation: &Invocation<'_>) -> Result<(), StartError> {
+        let start = Order::Start(Box::new(start(invocation)));
         if !(invocation.may_start)() {
             return Err(StartError::TooLate);
         }
-        // Here, on the Tokio worker, and not in `spawn_blocking`: the death signal below follows the spawning THREAD,
-        // and Tokio ends a blocking thread after ten idle seconds, which would kill the command.
-        match process.spawn() {
-            Ok(child) => break child,
-            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy && tries < BUSY_TRIES => {
-                tries += 1;
-                tokio::time::sleep(BUSY_PAUSE).await;
-            }
-            Err(error) => return Err(plan.explain(error)),
+        // It can be larger than what the socket holds.
+        if self.reports.get_mut().write_all(&line(&start)).await.is_err() {
+            return Err(StartError::GuardLost);
         }
-    };
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    match Group::of(child) {
-        Some(group) => Ok(Started { group, stdin, stdout, stderr }),
-        None => Err(StartError::Other { program: plan.program, error: io::Error::other("it has no process id") }),
+        match self.report().await {
+            Some(Report::Started) => Ok(()),
+            Some(Report::CannotStart(why)) => Err(StartError::Refused(why)),
+            Some(Report::TooLate) => Err(StartError::TooLate),
+            Some(Report::Ended { .. }) | None => Err(StartError::GuardLost),
+        }
+    }
+
+    /// Gives an order. A guard that reads none has far to go until the socket is full, and is found out by its silence.
+    pub(super) fn order(&mut self, order: &Order) {
+        let _ = self.orders.write(&line(order));
+    }
+
+    /// What it says next; `None` when it is gone, or makes no sense. Can be cancelled.
+    pub(super) async fn report(&mut self) -> Option<Report> {
+        let said = tokio::select! {
+            biased;
+            said = self.reports.next_line() => said,
+            // What it said last may not have arrived yet; whoever keeps the socket open says nothing more.
+            _ = self.child.wait() => timeout(LAST_WORDS, self.reports.next_line()).await.unwrap_or(Ok(None)),
+        };
+        serde_json::from_str(&said.ok().flatten()?).ok()
+    }
+
+    /// Returns when a guard that has nothing left to do is gone.
+    pub(super) async fn leave(self) {
+        let Self { mut child, registered, reports, orders } = self;
+        // Where it still waits to be told something, it ends with the socket.
+        drop((reports, orders));
+        if timeout(LAST_WORDS, child.wait()).await.is_err() {
+            destroy(child, &registered).await;
+        }
+    }
+
+    /// Kills the guard, and returns when it and everything of its run is gone.
+    pub(super) async fn destroy(self) {
+        destroy(self.child, &self.registered).await;
+    }
+}
+
+/// However long it takes: while a process in an uninterruptible sleep is still there, to return would let two commands of one
+/// workflow run at once.
+async fn destroy(mut child: Child, registered: &Registered) {
+    // An error means that it was collected already.
+    let _ = child.start_kill();
+    let mut gone = std::pin::pin!(async {
+        let _ = child.wait().await;
+        orphans::sweep(registered).await;
+    });
+    let since = Instant::now();
+    while timeout(COMPLAIN_EVERY, gone.as_mut()).await.is_err() {
+        let seconds = since.elapsed().as_secs();
+        tracing::warn!(seconds, "something of a run survives SIGKILL, the run cannot end before it");
     }
 }
 
@@ -80,16 +168,49 @@ pub(super) async fn feed(stdin: Option<ChildStdin>, input: Option<&RawValue>, mu
                 tracing::debug!(%error, "the command did not read all of its input");
             }
         }
-        // A process that left the group may hold the other end for ever.
+        // Where the guard is off, something of the run may hold the other end for ever.
         () = reached(&mut phase, Phase::Draining) => {}
+    }
+}
+
+fn process(guarding: &Guarding, socket: Socket) -> Process {
+    use std::os::fd::AsRawFd as _;
+    let mut process = Process::new(&guarding.program);
+    process
+        .arg0("singletrack")
+        .args([ARGUMENT, &socket.as_raw_fd().to_string(), &guarding.mode.to_string()])
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0);
+    // SAFETY: between fork and exec only one system call is made, nothing is allocated and no lock is taken.
+    unsafe { process.pre_exec(move || Ok(fcntl_setfd(socket.as_fd(), FdFlags::empty())?)) };
+    process
+}
+
+fn start(invocation: &Invocation<'_>) -> Start {
+    let command = invocation.command;
+    Start {
+        argv: command.argv.clone(),
+        cwd: command.cwd.clone(),
+        env: environment(invocation),
+        user: command.user.clone(),
+        limits: command.limits,
+        end_by: *invocation.end_by.borrow(),
+        grace: invocation.kill_grace,
     }
 }
 
 /// Of a name set twice the last one counts.
 fn environment(invocation: &Invocation<'_>) -> Vec<(String, OsString)> {
+    let command = invocation.command;
     let mut all = vec![("PATH".to_owned(), OsString::from(DEFAULT_PATH))];
-    all.extend(PASSED.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var_os(name)?))));
-    all.extend(invocation.command.env.iter().map(|(name, value)| (name.clone(), value.into())));
+    // Another account has a home of its own.
+    let passed = PASSED.into_iter().filter(|name| *name != "HOME" || command.user.is_none());
+    let asked = command.env_pass.iter().map(String::as_str).filter(|name| may_pass(name));
+    all.extend(passed.chain(asked).filter_map(|name| Some((name.to_owned(), std::env::var_os(name)?))));
+    all.extend(command.env.iter().map(|(name, value)| (name.clone(), value.into())));
     all.extend([
         ("SINGLETRACK_RUN_ID".to_owned(), invocation.run_id.to_string().into()),
         ("SINGLETRACK_WORKFLOW_ID".to_owned(), invocation.workflow_id.into()),
@@ -99,75 +220,7 @@ fn environment(invocation: &Invocation<'_>) -> Vec<(String, OsString)> {
     all
 }
 
-fn plan(invocation: &Invocation<'_>, environment: &[(String, OsString)]) -> Result<Plan, StartError> {
-    let command = invocation.command;
-    let program = command.argv.first().filter(|program| !program.is_empty()).ok_or(StartError::Empty)?;
-    if let Some(index) = command.argv.iter().position(|argument| argument.contains('\0')) {
-        return Err(StartError::Nul(format!("`argv[{index}]`")));
-    }
-    if command.cwd.as_ref().is_some_and(|cwd| cwd.contains('\0')) {
-        return Err(StartError::Nul("`cwd`".to_owned()));
-    }
-    for (name, value) in &command.env {
-        if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(StartError::Name(name.clone()));
-        }
-        if value.contains('\0') {
-            return Err(StartError::Nul(format!("`env.{name}`")));
-        }
-    }
-    let arguments: usize = command.argv.iter().map(|argument| argument.len() + 1).sum();
-    let variables: usize = environment.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
-    let path = environment.iter().rfind(|(name, _)| name == "PATH").map(|(_, path)| path.clone());
-    Ok(Plan {
-        program: program.clone(),
-        cwd: command.cwd.as_ref().map(PathBuf::from),
-        path: path.unwrap_or_default(),
-        size: arguments + variables,
-    })
-}
-
-fn process(invocation: &Invocation<'_>, environment: Vec<(String, OsString)>) -> Process {
-    let (program, arguments) = invocation.command.argv.split_first().map_or(("", &[][..]), |(p, a)| (p.as_str(), a));
-    let mut process = Process::new(program);
-    process
-        .args(arguments)
-        .env_clear()
-        .envs(environment)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    if let Some(cwd) = &invocation.command.cwd {
-        process.current_dir(cwd);
-    }
-    let service = getpid();
-    // std has reset the signal mask and SIGPIPE by the time this runs.
-    // SAFETY: between fork and exec only two system calls are made, nothing is allocated and no lock is taken.
-    unsafe { process.pre_exec(move || die_with(service)) };
-    process
-}
-
-/// A second line: a service killed outright takes its commands with it. Set-uid programs and grandchildren escape it.
-fn die_with(service: Pid) -> io::Result<()> {
-    set_parent_process_death_signal(Some(Signal::KILL))?;
-    if getppid() != Some(service) {
-        // It died before the line above, so the signal will not come.
-        return Err(Errno::SRCH.into());
-    }
-    Ok(())
-}
-
-/// std opens everything close-on-exec, but whoever started this service may have left it descriptors that are not, and
-/// so may a C library: a command that holds a lock file or a listening socket of the service keeps it after its death.
-fn keep_descriptors_private() {
-    let Ok(open) = std::fs::read_dir("/proc/self/fd") else {
-        return;
-    };
-    for fd in open.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()).filter(|fd| *fd > 2) {
-        // SAFETY: the number is not -1. Closed or reused meanwhile, the flag is right for what it is then.
-        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let _ = fcntl_setfd(fd, FdFlags::CLOEXEC);
-    }
+/// The service's own settings hold secrets, whatever a row of the database asks for.
+fn may_pass(name: &str) -> bool {
+    name != "DATABASE_URL" && !name.starts_with("SINGLETRACK_")
 }

@@ -1,16 +1,21 @@
 -- MATERIALIZED, or the planner may run the locking part once per row of the update and lock more than the limit.
 with due as materialized (
-    select id
+    select id, priority, available_at
     from test_runs
     where status = 'queued'
       and available_at <= now()
       and executor_type = any($3::text[])
       and ($2::text[] is null or queue = any($2::text[]))
+      and ($7::text[] is null or workflow_id = any($7::text[]) or definition = any($7::text[]))
       -- A larger one, put there by hand or by a restore, would make the update below fail for all of them.
       and fence <= (select last_value from run_fence)
     order by priority desc, available_at, id
     limit $4
     for update skip locked
+),
+numbered as (
+    select id, row_number() over (order by priority desc, available_at, id) as position
+    from due
 ),
 claimed as (
     update test_runs r
@@ -20,6 +25,8 @@ claimed as (
         fence = nextval('run_fence'),
         lease_secret = gen_random_uuid(),
         worker = $1,
+        claim_id = $8,
+        claim_position = case when $8::text is not null then n.position end,
         -- never before the finish of the workflow's run before it, though the database's clock may have been set back
         started_at = greatest(now(), (
             select p.finished_at
@@ -33,19 +40,20 @@ claimed as (
         output = null,
         error = null,
         version = r.version + 1
-    from due
-    where r.id = due.id and r.status = 'queued'
+    from numbered n
+    where r.id = n.id and r.status = 'queued'
     returning r.*
 ),
--- There the lease begins now all the same, or its silence would be noticed late.
+-- There the lease begins now all the same, or its silence would be noticed late. Not one that its worker has yet to
+-- confirm: a row is the confirmation.
 leased as (
     insert into run_leases as l (run_id, fence, heartbeat_at)
     select id, fence, now()
     from claimed
-    where started_at > now()
+    where started_at > now() and executor_type <> 'pull'
     order by id
     on conflict (run_id) do update
-    set fence = excluded.fence, heartbeat_at = excluded.heartbeat_at
+    set fence = excluded.fence, heartbeat_at = excluded.heartbeat_at, progress = null, held_until = null
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor)

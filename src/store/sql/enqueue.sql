@@ -1,25 +1,34 @@
 with entry as materialized (
     select *
-    from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[])
-        with ordinality as e (id, workflow_id, input, priority, labels, requested_by, position)
+    from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $8::integer[], $9::uuid[])
+        with ordinality as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, position)
 ),
--- The definition: of the id itself, else of what stands before its @.
+-- The definition: of the id itself, else of what stands before its @. A rerun keeps what it repeats, revision included.
 known as materialized (
-    select e.*, w.id as definition, v.revision, v.executor_type, v.queue, v.timeout_seconds, v.heartbeat_timeout_seconds,
-           coalesce(e.priority, v.priority) as effective_priority, v.labels || e.labels as all_labels
+    select e.id, e.workflow_id, e.requested_by, e.rerun_of, e.position, w.id as definition, v.revision, v.executor_type, v.queue,
+           v.timeout_seconds, v.heartbeat_timeout_seconds,
+           coalesce(e.input, o.input) as input,
+           coalesce(e.priority, o.priority, v.priority) as effective_priority,
+           coalesce(o.labels, v.labels) || e.labels as all_labels,
+           coalesce(e.max_attempts, o.max_attempts, v.max_attempts) as effective_max_attempts
     from entry e
+    left join test_runs o on o.id = e.rerun_of
     cross join lateral (
         select id, revision
         from workflows
-        where id in (e.workflow_id, split_part(e.workflow_id, '@', 1)) and deleted_at is null
+        where id = any(case when o.id is null then array[e.workflow_id, split_part(e.workflow_id, '@', 1)] else array[o.definition] end)
+          and deleted_at is null
         order by length(id) desc
         limit 1
     ) w
-    join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+    join workflow_revisions v on v.workflow_id = w.id and v.revision = coalesce(o.revision, w.revision)
+    where e.rerun_of is null or o.id is not null
 ),
 -- Reading comes before writing: a refusal writes nothing, and takes no transaction id.
 holder as materialized (
-    select r.workflow_id, r.id as run_id, r.status, r.reason, r.created_at, r.started_at, r.requested_by,
+    select r.workflow_id, r.id as run_id, r.status, r.reason, r.created_at, r.requested_by,
+           -- between two attempts it is that of the last one
+           case when r.status = 'running' then r.started_at end as started_at,
            case when r.status = 'running'
                 then greatest(extract(epoch from now() - coalesce(l.heartbeat_at, r.started_at))::float8, 0)
            end as heartbeat_age_seconds
@@ -29,9 +38,9 @@ holder as materialized (
 ),
 inserted as (
     insert into test_runs (id, workflow_id, definition, revision, status, executor_type, queue, priority, labels, input,
-                           available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, version)
+                           available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, max_attempts, rerun_of, version)
     select id, workflow_id, definition, revision, 'queued', executor_type, queue, effective_priority, all_labels, input,
-           now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, 1
+           now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, rerun_of, 1
     from known k
     where not exists (select from holder h where h.workflow_id = k.workflow_id)
     order by workflow_id -- two batches that lock in different orders deadlock

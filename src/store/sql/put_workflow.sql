@@ -16,6 +16,9 @@ same as materialized (
       and priority = $7
       and queue = $8
       and labels = $9
+      and max_attempts = $11
+      and retry_on = $12
+      and backoff = $13
 ),
 -- Where an edit was waited for, the revision it made can't be seen by this statement: no row comes out of it.
 made as (
@@ -39,8 +42,9 @@ next as (
 ),
 written as (
     insert into workflow_revisions (workflow_id, revision, executor_type, executor, timeout_seconds,
-                                    heartbeat_timeout_seconds, start_within_seconds, priority, queue, labels, created_by)
-    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10
+                                    heartbeat_timeout_seconds, start_within_seconds, priority, queue, labels, created_by,
+                                    max_attempts, retry_on, backoff)
+    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13
     from next
     returning *
 ),

@@ -5,10 +5,11 @@ use std::time::Duration;
 use serde_json::Value;
 use singletrack::domain::{Lease, Outcome, Run, Verdict};
 use singletrack::store::claim::{Claim, Claimed, Renewal};
+use singletrack::store::control::Cancelled;
 use singletrack::store::enqueue::{Enqueued, Request};
 use singletrack::store::settle::Settled;
-use singletrack::store::{self, Db, claim, enqueue, settle};
-use sqlx::PgPool;
+use singletrack::store::{self, Db, claim, control, enqueue, settle};
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
 use super::database::TestDb;
@@ -19,14 +20,7 @@ pub const LIMIT: Duration = Duration::from_secs(30);
 
 /// A request for a run of `workflow`, under an id of its own.
 pub fn request(workflow: &str) -> Request {
-    Request {
-        id: Uuid::now_v7(),
-        workflow_id: workflow.parse().unwrap(),
-        input: None,
-        priority: None,
-        labels: Default::default(),
-        requested_by: "test".into(),
-    }
+    Request::new(workflow.parse().unwrap(), "test")
 }
 
 /// Sends one request.
@@ -47,16 +41,23 @@ pub async fn accepted(db: &Db, workflow: &str) -> Run {
 
 /// Claims at most `limit` runs as worker `test`.
 pub async fn claim_some(db: &Db, limit: i64) -> Result<Vec<Claimed>, store::Error> {
+    db.with(async |connection| claim_in(connection, limit).await).await
+}
+
+/// The same inside somebody's open transaction.
+pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Claimed>> {
     let executor_types = ["command".to_owned()];
     let request = Claim {
         worker: "test",
         queues: None,
         executor_types: &executor_types,
+        workflows: None,
+        claim_id: None,
         limit,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,
     };
-    db.with(async |connection| claim::claim(connection, &request).await).await
+    claim::claim(connection, &request).await
 }
 
 /// Claims the one run that is due.
@@ -68,24 +69,34 @@ pub async fn claim_one(db: &Db) -> Lease {
 
 /// An outcome that is nothing but its verdict.
 pub fn outcome(verdict: Verdict) -> Outcome {
-    Outcome { verdict, reason: None, exit_code: None, output: None, error: None }
+    Outcome::of(verdict)
 }
 
 /// Settles one attempt as worker `test`.
 pub async fn settle_one(db: &Db, lease: Lease, verdict: Verdict) -> Settled {
-    let outcomes = [(lease, outcome(verdict))];
+    settle_as(db, lease, outcome(verdict)).await
+}
+
+/// Settles one attempt with everything it left behind.
+pub async fn settle_as(db: &Db, lease: Lease, outcome: Outcome) -> Settled {
+    let outcomes = [(lease, outcome)];
     db.with(async |connection| settle::settle(connection, &outcomes, "test").await).await.unwrap()[0]
+}
+
+/// Cancels a run in the name of `test`.
+pub async fn cancel(db: &Db, run_id: Uuid) -> Cancelled {
+    db.with(async |connection| control::cancel(connection, run_id, "test").await).await.unwrap()
 }
 
 /// Renews leases.
 pub async fn renew(db: &Db, leases: &[Lease]) -> Vec<Renewal> {
-    db.with(async |connection| claim::renew(connection, leases).await).await.unwrap()
+    db.with(async |connection| claim::renew(connection, leases, &Default::default()).await).await.unwrap()
 }
 
 /// Gives one run back; whether it was taken.
 pub async fn release_one(db: &Db, lease: Lease) -> bool {
-    let released = db.with(async |connection| claim::release(connection, &[lease], "test").await).await.unwrap();
-    released == [lease.run_id]
+    let released = db.with(async |connection| claim::release(connection, &[lease], "test", None).await).await.unwrap();
+    released == [lease]
 }
 
 /// The run's whole row.

@@ -5,8 +5,10 @@ pub mod database;
 pub mod plant;
 pub mod process;
 pub mod proxy;
+pub mod pull;
 pub mod replica;
 pub mod scratch;
+pub mod wire;
 
 use std::future::Future;
 use std::time::{Duration, Instant};

@@ -74,6 +74,25 @@ pub async fn silence(sql: &PgPool, run_id: Uuid, seconds: i32) {
     .unwrap();
 }
 
+/// Allows a run that is not over this many attempts.
+pub async fn allow(sql: &PgPool, run_id: Uuid, attempts: i32) {
+    sqlx::query("update test_runs set max_attempts = $2, version = version + 1 where id = $1")
+        .bind(run_id)
+        .bind(attempts)
+        .execute(sql)
+        .await
+        .unwrap();
+}
+
+/// Ends the backoff of a run.
+pub async fn due(sql: &PgPool, run_id: Uuid) {
+    sqlx::query("update test_runs set available_at = now(), version = version + 1 where id = $1")
+        .bind(run_id)
+        .execute(sql)
+        .await
+        .unwrap();
+}
+
 /// The run's status, as its row says it.
 pub async fn status(sql: &PgPool, run_id: Uuid) -> Status {
     sqlx::query_scalar("select status from test_runs where id = $1").bind(run_id).fetch_one(sql).await.unwrap()

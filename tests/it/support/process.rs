@@ -40,6 +40,9 @@ pub fn singletrack(arguments: &[&str]) -> Command {
     command
 }
 
+/// The binary under test, for replicas in this process: this program is none that could be a guard.
+pub const GUARD: &str = env!("CARGO_BIN_EXE_singletrack");
+
 impl Process {
     /// `singletrack serve` on `url`, as soon as it says that it is ready.
     pub fn serve(url: &str, environment: &[(&str, &str)]) -> Self {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy, split};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -12,7 +12,7 @@ use super::database::TestDb;
 
 /// What happens to the next answer in which the mark stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+pub(super) enum Fate {
     /// Passed on as all others.
     Through,
     /// The connection breaks instead.
@@ -78,9 +78,9 @@ async fn accept(listener: UnixListener, socket: PathBuf, mark: &'static str, fat
 }
 
 /// Passes on until one side closes or an answer is lost.
-async fn pass_on(client: UnixStream, server: UnixStream, mark: &[u8], fate: &watch::Sender<Fate>) {
-    let (mut asked, mut answered) = client.into_split();
-    let (mut answers, mut asks) = server.into_split();
+pub(super) async fn pass_on<S: AsyncRead + AsyncWrite>(client: S, server: S, mark: &[u8], fate: &watch::Sender<Fate>) {
+    let (mut asked, mut answered) = split(client);
+    let (mut answers, mut asks) = split(server);
     let answering = async {
         let mut buffer = vec![0; 64 * 1024];
         while let Ok(length @ 1..) = answers.read(&mut buffer).await {

@@ -1,5 +1,7 @@
 //! A replica inside the test's process, and a client of it.
 
+use std::path::PathBuf;
+
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
 use singletrack::app::{self, Role, Stop};
@@ -8,6 +10,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use super::database::TestDb;
+use super::process::GUARD;
 
 /// A replica that runs in this process until it is dropped.
 pub struct Replica {
@@ -44,7 +47,13 @@ impl Replica {
 
     /// With settings of the test's own.
     pub async fn with(test: &TestDb, settings: Settings) -> Self {
-        let config: Config = settings.resolve(Some(test.url.clone())).unwrap();
+        Self::guarded_by(test, settings, GUARD.into()).await
+    }
+
+    /// The same, with another program as the guard.
+    pub async fn guarded_by(test: &TestDb, settings: Settings, guard: PathBuf) -> Self {
+        let mut config: Config = settings.resolve(Some(test.url.clone())).unwrap();
+        config.worker.guarding.program = guard;
         let listener = app::bind(&config).unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
         let stop = Stop::default();
@@ -119,6 +128,8 @@ impl Answer {
 
 impl Client {
     pub fn new(base: String) -> Self {
+        // The service brings its own TLS to its clients; one without must be told of one, though it never uses it.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         Self { base, http: reqwest::Client::builder().no_proxy().build().unwrap() }
     }
 

@@ -1,7 +1,7 @@
 //! A folder in which commands leave what a test wants to know, and the processes they were.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::Pid;
@@ -47,15 +47,40 @@ impl Scratch {
         fs::read_to_string(self.path(name)).unwrap_or_default()
     }
 
-    /// The process that wrote its id, and a newline, to this file, once it has.
+    /// The process that wrote its id, and a newline, to this file, once it has; where it is gone, an id that no process has.
+    /// Commands that run at once in one folder may have one id, each in its namespace: they need a folder each.
     pub async fn pid(&self, name: &str) -> Pid {
-        eventually(&format!("a process id in {name}"), Duration::from_secs(30), || async {
-            let text = self.read(name);
-            let line = text.strip_suffix('\n')?;
-            Pid::from_raw(line.parse().ok()?)
+        let own = eventually(&format!("a process id in {name}"), Duration::from_secs(30), || async {
+            self.read(name).strip_suffix('\n')?.parse().ok()
         })
-        .await
+        .await;
+        find(own, self.0.path()).unwrap_or(Pid::from_raw(i32::MAX).unwrap())
     }
+}
+
+/// The processes that are in `folder`. A zombie is nowhere.
+pub fn inside(folder: &Path) -> Vec<Pid> {
+    let folder = fs::canonicalize(folder).unwrap();
+    let all = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let inside = all.filter(|process| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd == folder));
+    inside.filter_map(|process| Pid::from_raw(process.file_name()?.to_str()?.parse().ok()?)).collect()
+}
+
+/// The process that is in `folder` and has this id in its own PID namespace, the youngest of several; not when it is a mere
+/// zombie.
+pub fn find(own: i32, folder: &Path) -> Option<Pid> {
+    let called = inside(folder).into_iter().map(|pid| PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero())));
+    let called = called.filter(|process| {
+        let status = fs::read_to_string(process.join("status")).unwrap_or_default();
+        let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+        ids.and_then(|ids| ids.split_whitespace().last()) == Some(&own.to_string())
+    });
+    let started = |process: &PathBuf| -> Option<u64> {
+        let stat = fs::read_to_string(process.join("stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+    };
+    let found = called.max_by_key(started)?;
+    Pid::from_raw(found.file_name()?.to_str()?.parse().ok()?)
 }
 
 /// Whether a process is there and not a mere zombie.

@@ -1,22 +1,25 @@
-//! Each test starts a real process and holds the executor to one of its promises.
+//! The command executor by itself: each test starts a real process and holds it to one of its promises.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Pid, test_kill_process};
 use serde_json::json;
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 
-use super::{Invocation, Limits, run};
-use crate::domain::outcome::{Outcome, Verdict};
-use crate::domain::run::{LogChunk, StopCause, Stream};
-use crate::domain::workflow::Command;
+use singletrack::domain::executor::Command;
+use singletrack::domain::outcome::{Outcome, Verdict};
+use singletrack::domain::run::{LogChunk, StopCause, Stream};
+use singletrack::executor::boottime::Boottime;
+use singletrack::executor::command::guard::Mode;
+use singletrack::executor::command::{Guarding, Invocation, Limits, run};
+
+use crate::support::process::GUARD;
+use crate::support::scratch::find;
 
 const GRACE: Duration = Duration::from_millis(200);
 /// For what must happen at once, on a machine that does other things too.
@@ -27,7 +30,9 @@ struct Bench {
     input: Option<Box<RawValue>>,
     time_limit: Duration,
     limits: Limits,
+    guarding: Guarding,
     may_start: bool,
+    end_by: Boottime,
     folder: PathBuf,
 }
 
@@ -37,22 +42,25 @@ struct Seen {
     took: Duration,
 }
 
-/// A shell that runs `script`, `$1` being an empty folder.
+/// A shell that runs `script` in an empty folder, which is also `$1`.
 fn shell(script: &str) -> Bench {
     let folder = std::env::temp_dir().join(format!("singletrack-{}", Uuid::new_v4()));
     fs::create_dir(&folder).expect("a folder for the test");
     let mut bench = program(&["sh", "-c", script, "sh", folder.to_str().expect("UTF-8")]);
+    bench.command.cwd = Some(folder.display().to_string());
     bench.folder = folder;
     bench
 }
 
 fn program(argv: &[&str]) -> Bench {
     Bench {
-        command: Command { argv: argv.iter().map(|it| (*it).to_owned()).collect(), cwd: None, env: BTreeMap::new() },
+        command: Command { argv: argv.iter().map(|it| (*it).to_owned()).collect(), ..Command::default() },
         input: None,
         time_limit: Duration::from_secs(60),
         limits: Limits { log_bytes: 1 << 20, output_bytes: 4096 },
+        guarding: Guarding { mode: Mode::Auto, program: GUARD.into() },
         may_start: true,
+        end_by: Boottime::NEVER,
         folder: PathBuf::new(),
     }
 }
@@ -66,8 +74,17 @@ impl Drop for Bench {
 }
 
 impl Bench {
+    fn guarded(mut self, mode: Mode) -> Self {
+        self.guarding.mode = mode;
+        self
+    }
+
     async fn attempt(&self, log: mpsc::Sender<LogChunk>, stop: watch::Receiver<Option<StopCause>>) -> Outcome {
-        let invocation = Invocation {
+        run(self.invocation(), log, stop).await
+    }
+
+    fn invocation(&self) -> Invocation<'_> {
+        Invocation {
             command: &self.command,
             run_id: Uuid::nil(),
             workflow_id: "deploy@prod",
@@ -77,9 +94,10 @@ impl Bench {
             time_limit: self.time_limit,
             kill_grace: GRACE,
             limits: self.limits,
-            may_start: &|| self.may_start,
-        };
-        run(invocation, log, stop).await
+            guarding: &self.guarding,
+            end_by: watch::channel(self.end_by).1,
+            may_start: if self.may_start { &|| true } else { &|| false },
+        }
     }
 
     async fn run(&self) -> Seen {
@@ -124,15 +142,10 @@ impl Bench {
         path.to_str().expect("UTF-8").to_owned()
     }
 
-    /// The process whose id the script wrote to this file.
-    fn pid(&self, name: &str) -> Pid {
-        let text = fs::read_to_string(self.path(name)).expect("the script wrote its pid");
-        Pid::from_raw(text.trim().parse().expect("a number")).expect("not zero")
-    }
-
+    /// Whether the process is there whose id the script wrote to this file.
     fn is_alive(&self, name: &str) -> bool {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid(name).as_raw_nonzero()));
-        stat.is_ok_and(|stat| !stat.contains(") Z "))
+        let text = fs::read_to_string(self.path(name)).expect("the script wrote its pid");
+        find(text.trim().parse().expect("a number"), &self.folder).is_some()
     }
 }
 
@@ -160,5 +173,6 @@ impl Seen {
 }
 
 mod ending;
+mod limits;
 mod printing;
 mod starting;

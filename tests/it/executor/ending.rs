@@ -81,18 +81,7 @@ async fn a_lost_lease_kills_without_term_even_during_a_grace() {
     let bench = shell(script);
     let (log, mut chunks) = mpsc::channel::<LogChunk>(4);
     let (stopper, stop) = watch::channel(None);
-    let invocation = Invocation {
-        command: &bench.command,
-        run_id: Uuid::nil(),
-        workflow_id: "w",
-        attempt: 1,
-        fence: 1,
-        input: None,
-        time_limit: SOON,
-        kill_grace: Duration::from_secs(60),
-        limits: bench.limits,
-        may_start: &|| true,
-    };
+    let invocation = Invocation { kill_grace: Duration::from_secs(60), ..bench.invocation() };
     let lose = async {
         while let Some(chunk) = chunks.recv().await {
             // The shell itself says a word too when its `sleep` is terminated.
@@ -136,32 +125,34 @@ async fn a_grandchild_left_behind_may_finish_within_the_grace() {
 }
 
 #[tokio::test]
-async fn a_process_that_left_the_group_does_not_hang_the_run() {
-    // Also one that writes to the log for ever.
-    for after in ["sleep 20", "while :; do echo noise; done 2>&1"] {
-        let bench = shell(&format!(
-            "setsid sh -c 'trap \"\" PIPE; echo $$ > $1/escaped; touch $1/up; {after}' sh $1 & \
-             until [ -e $1/up ]; do sleep 0.02; done; echo done"
-        ));
-        let seen = bench.run().await;
-        assert!(seen.succeeded() && seen.text(Stream::Stdout).contains("done\n"), "{}", seen.error());
-        assert!(seen.took < SOON, "{:?}", seen.took);
-        assert!(bench.is_alive("escaped"), "else this test proves nothing");
-        let _ = rustix::process::kill_process_group(bench.pid("escaped"), rustix::process::Signal::KILL);
+async fn what_left_the_group_the_session_and_its_parent_ends_with_the_run() {
+    for mode in [Mode::Auto, Mode::Subreaper] {
+        // Also one that ignores TERM, and writes to the log for ever.
+        for (what, after) in [("trap '' TERM PIPE", "while :; do echo noise; done 2>&1"), (":", "exec sleep 60")] {
+            let bench = shell(&format!(
+                "(setsid sh -c '{what}; echo $$ > $1/escaped; touch $1/up; {after}' sh $1 &) & \
+                 until [ -e $1/up ]; do sleep 0.02; done; echo done"
+            ));
+            let bench = bench.guarded(mode);
+            let seen = bench.run().await;
+            assert!(seen.succeeded() && seen.text(Stream::Stdout).contains("done\n"), "{}", seen.error());
+            assert!(seen.took < SOON && !bench.is_alive("escaped"), "{mode} {what}: {:?}", seen.took);
+        }
     }
 }
 
 #[tokio::test]
 async fn a_zombie_that_its_parent_neglects_does_not_hang_the_run() {
-    // The parent leaves the group by becoming `setsid`, the dead child stays in it.
-    let bench = shell(
-        "sh -c 'sleep 0.1 & echo $! > $1/zombie; echo $$ > $1/escaped; exec setsid sleep 20' sh $1 & \
-         until [ -s $1/escaped ] && grep -q ') Z ' /proc/$(cat $1/zombie)/stat; do sleep 0.02; done; sleep 0.1",
-    );
-    let seen = bench.run().await;
-    assert!(seen.succeeded() && seen.took < SOON, "{:?}", seen.took);
-    assert!(bench.is_alive("escaped"), "else this test proves nothing");
-    let _ = rustix::process::kill_process_group(bench.pid("escaped"), rustix::process::Signal::KILL);
+    for mode in [Mode::Auto, Mode::Subreaper] {
+        // The shell has become a `sleep`, which waits for no child.
+        let bench = shell(
+            "sh -c 'sleep 0.1 & echo $! > $1/zombie; echo $$ > $1/escaped; exec setsid sleep 20' sh $1 & \
+             until [ -s $1/escaped ] && grep -q ') Z ' /proc/$(cat $1/zombie)/stat; do sleep 0.02; done; sleep 0.1",
+        );
+        let bench = bench.guarded(mode);
+        let seen = bench.run().await;
+        assert!(seen.succeeded() && seen.took < SOON && !bench.is_alive("escaped"), "{mode}: {:?}", seen.took);
+    }
 }
 
 #[tokio::test]
@@ -172,8 +163,8 @@ async fn a_leader_that_closed_its_pipes_is_still_waited_for() {
 }
 
 #[tokio::test]
-async fn a_dropped_run_kills_its_group() {
-    let bench = shell("sleep 60 & echo $! > $1/child; echo $$ > $1/pid; echo up; wait");
+async fn a_dropped_run_is_killed() {
+    let bench = shell("setsid sleep 60 & echo $! > $1/child; echo $$ > $1/pid; echo up; wait");
     let (log, mut chunks) = mpsc::channel(4);
     let (_stopper, stop) = watch::channel(None);
     tokio::select! {
@@ -188,10 +179,12 @@ async fn a_dropped_run_kills_its_group() {
 }
 
 #[tokio::test]
-async fn the_leader_is_reaped_when_run_returns() {
-    let bench = shell("echo $$ > $1/pid");
-    bench.run().await;
-    assert!(test_kill_process(bench.pid("pid")).is_err(), "a zombie is left");
+async fn neither_command_nor_guard_is_left_as_a_zombie() {
+    let text = shell("echo $$ $PPID").guarded(Mode::Subreaper).run().await.text(Stream::Stdout);
+    for pid in text.split_whitespace() {
+        let pid = rustix::process::Pid::from_raw(pid.parse().expect("a number")).expect("not zero");
+        assert!(rustix::process::test_kill_process(pid).is_err(), "{text}");
+    }
 }
 
 #[tokio::test]

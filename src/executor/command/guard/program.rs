@@ -6,11 +6,13 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, access};
 
-/// What decides whether a command can start, owned so that a slow file system blocks no Tokio worker.
+/// What decides whether a command can start.
+#[derive(Clone)]
 pub(super) struct Plan {
     pub(super) program: String,
     pub(super) cwd: Option<PathBuf>,
@@ -23,8 +25,6 @@ pub(super) struct Plan {
 /// Why a command did not start: its message is the run's `error`.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("the lease was about to run out before the command could be started")]
-    TooLate,
     #[error("the command is empty: `argv` needs at least the program")]
     Empty,
     #[error("{0} contains a NUL byte, which no process can be given: remove it")]
@@ -35,7 +35,7 @@ pub(super) enum StartError {
     CwdMissing(PathBuf),
     #[error("working directory {0:?} is not a directory: correct `cwd`")]
     CwdNotDirectory(PathBuf),
-    #[error("working directory {0:?} may not be entered by this worker's user ({1}): correct `cwd` or its permissions")]
+    #[error("working directory {0:?} may not be entered by the command's user ({1}): correct `cwd` or its permissions")]
     CwdDenied(PathBuf, io::Error),
     #[error(
         "program {program:?} was not found on PATH={path}: install it on this worker, or give its full path in `argv` or a PATH in `env`"
@@ -46,7 +46,7 @@ pub(super) enum StartError {
     #[error("program {0:?} is a directory: correct `argv`")]
     IsDirectory(PathBuf),
     #[error(
-        "program {0:?} is not executable by this worker's user (permission denied): chmod +x it, or correct `argv`"
+        "program {0:?} is not executable by the command's user (permission denied): chmod +x it, or correct `argv`"
     )]
     NotExecutable(PathBuf),
     #[error(
@@ -61,18 +61,58 @@ pub(super) enum StartError {
         "argument list too long: `argv` and the environment hold {0} bytes, one may hold 128 KiB; pass large values as the run's input"
     )]
     TooLong(usize),
-    #[error("cannot start {program:?}: {error}; this worker's host is short of it (see `ulimit -a` and free memory)")]
+    #[error(
+        "cannot start {program:?}: {error}; this worker's host is short of it, or `limits` allow no more (see `ulimit -a` and free memory)"
+    )]
     Exhausted { program: String, error: io::Error },
     #[error("cannot start {program:?}: {error}")]
     Other { program: String, error: io::Error },
 }
 
 impl Plan {
-    /// Looks for what is known to fail, before anything is started. Blocks on the file system.
-    pub(super) fn check(&self) -> Result<(), StartError> {
+    /// The plan for a command, whose last variable of a name counts.
+    pub(super) fn new(
+        argv: &[String],
+        cwd: Option<&str>,
+        environment: &[(String, OsString)],
+    ) -> Result<Self, StartError> {
+        let program = argv.first().filter(|program| !program.is_empty()).ok_or(StartError::Empty)?;
+        if let Some(index) = argv.iter().position(|argument| argument.contains('\0')) {
+            return Err(StartError::Nul(format!("`argv[{index}]`")));
+        }
+        if cwd.is_some_and(|cwd| cwd.contains('\0')) {
+            return Err(StartError::Nul("`cwd`".to_owned()));
+        }
+        for (name, value) in environment {
+            if name.is_empty() || name.contains(['=', '\0']) {
+                return Err(StartError::Name(name.clone()));
+            }
+            if value.as_bytes().contains(&0) {
+                return Err(StartError::Nul(format!("`env.{name}`")));
+            }
+        }
+        let arguments: usize = argv.iter().map(|argument| argument.len() + 1).sum();
+        let variables: usize = environment.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
+        let path = environment.iter().rfind(|(name, _)| name == "PATH").map(|(_, path)| path.clone());
+        Ok(Self {
+            program: program.clone(),
+            cwd: cwd.map(PathBuf::from),
+            path: path.unwrap_or_default(),
+            size: arguments + variables,
+        })
+    }
+
+    /// Enters the folder, after looking for what is known to fail. For the account the command runs under.
+    pub(super) fn enter(&self) -> Result<(), StartError> {
         self.check_cwd()?;
         let found = self.find()?;
-        if has_known_format(&found) { Ok(()) } else { Err(StartError::Format(found)) }
+        if !has_known_format(&found) {
+            return Err(StartError::Format(found));
+        }
+        match &self.cwd {
+            Some(cwd) => std::env::set_current_dir(cwd).map_err(|error| StartError::CwdDenied(cwd.clone(), error)),
+            None => Ok(()),
+        }
     }
 
     /// Turns the error of a start that was tried into one that says what to do.

@@ -1,0 +1,16 @@
+//! Hears that somebody asked for the end of a run, and has its lease renewed at once: the answer to that says so.
+
+use sqlx::postgres::PgConnectOptions;
+
+use super::heartbeat::Held;
+use crate::store::notify::Cancels;
+
+/// Listens until the connection breaks. What was asked for before, or got lost, is found by looking at every lease once.
+pub async fn listen(options: &PgConnectOptions, held: &Held) -> sqlx::Result<()> {
+    let mut cancels = Cancels::listen(options).await?;
+    held.look_at(|_| true);
+    loop {
+        let run_id = cancels.next().await?;
+        held.look_at(|lease| lease.run_id == run_id);
+    }
+}

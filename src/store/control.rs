@@ -1,0 +1,29 @@
+//! Asking for the end of a run.
+
+use sqlx::PgConnection;
+use uuid::Uuid;
+
+/// What became of a request to cancel a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It had not started, and is `cancelled` now.
+    AtOnce,
+    /// It is running: its worker is told, and it becomes `cancelled` when its process is gone, unless it succeeds before.
+    Requested,
+    /// It was final before.
+    AlreadyFinal,
+    /// There is no such run.
+    Unknown,
+}
+
+/// Cancels a run in the name of `actor`. The function in the database is the one that people call by hand.
+pub async fn cancel(connection: &mut PgConnection, run_id: Uuid, actor: &str) -> sqlx::Result<Cancelled> {
+    let answer =
+        sqlx::query_scalar!(r#"select cancel_run($1, $2) as "answer!""#, run_id, actor).fetch_one(connection).await?;
+    Ok(match answer.as_str() {
+        "cancelled" => Cancelled::AtOnce,
+        "cancel-requested" => Cancelled::Requested,
+        "already-final" => Cancelled::AlreadyFinal,
+        _ => Cancelled::Unknown,
+    })
+}
