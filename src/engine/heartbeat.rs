@@ -1,12 +1,13 @@
 //! The leases this process holds, and their renewal.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
+use uuid::Uuid;
 
 use super::Ctx;
 use crate::config::{MARGIN, Worker};
@@ -18,14 +19,26 @@ use crate::store::claim::{Renewal, renew};
 /// Where a lease is so short that hardly any time is left for renewals, they must not become a busy loop.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 
-/// The leases held, by fence: a run that was taken away and claimed anew is another lease.
+/// How long the answer to a claim may take: the limits on getting a connection and on a statement.
+const SLOWEST_CLAIM: Duration = Duration::from_secs(15);
+
+/// The leases held.
 #[derive(Default)]
 pub struct Held {
-    leases: Mutex<HashMap<i64, HeldLease>>,
+    leases: Mutex<Leases>,
     /// Fences of attempts that began and whose outcome could not be recorded: not held any more, and never to be given back
     /// as if nothing had been started.
     unrecorded: Mutex<HashSet<i64>>,
     changed: Notify,
+}
+
+/// The leases by fence: a run that was taken away and claimed anew is another lease.
+#[derive(Default)]
+struct Leases {
+    by_fence: HashMap<i64, HeldLease>,
+    /// When it was said of late that somebody may have asked for the end of a run, or of any (`None`). It may be one whose
+    /// claim is under way, and its answer would not say so.
+    hints: VecDeque<(Option<Uuid>, Boottime)>,
 }
 
 struct HeldLease {
@@ -76,18 +89,18 @@ impl Drop for Holding {
             // Before it leaves the others, or it would be in neither for a moment.
             self.held.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).insert(self.fence);
         }
-        self.held.lock().remove(&self.fence);
+        self.held.lock().by_fence.remove(&self.fence);
     }
 }
 
 impl Held {
-    fn lock(&self) -> MutexGuard<'_, HashMap<i64, HeldLease>> {
+    fn lock(&self) -> MutexGuard<'_, Leases> {
         self.leases.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many leases are held.
     pub fn len(&self) -> usize {
-        self.lock().len()
+        self.lock().by_fence.len()
     }
 
     /// Whether none is held.
@@ -97,7 +110,7 @@ impl Held {
 
     /// The fences under which something was started, or is about to be.
     pub(super) fn fences(&self) -> Vec<i64> {
-        let mut fences: Vec<i64> = self.lock().keys().copied().collect();
+        let mut fences: Vec<i64> = self.lock().by_fence.keys().copied().collect();
         fences.extend(self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).iter());
         fences
     }
@@ -108,10 +121,13 @@ impl Held {
         let patience = timeout.saturating_sub(worker.kill_grace + MARGIN);
         let (end_by, ends_by) = watch::channel(sent + patience);
         let interval = worker.heartbeat_interval.min(patience / 4).max(SHORTEST_INTERVAL);
-        self.lock().insert(
-            lease.fence,
-            HeldLease { lease, interval, good: sent, patience, end_by, asked: None, progress: None, stop },
-        );
+        let mut leases = self.lock();
+        let is_meant =
+            |(run_id, at): &(Option<Uuid>, Boottime)| run_id.is_none_or(|id| id == lease.run_id) && *at >= sent;
+        let asked = leases.hints.iter().any(is_meant).then(Boottime::now);
+        let held = HeldLease { lease, interval, good: sent, patience, end_by, asked, progress: None, stop };
+        leases.by_fence.insert(lease.fence, held);
+        drop(leases);
         // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
         self.fence_off();
         self.changed.notify_one();
@@ -126,12 +142,12 @@ impl Held {
 
     /// Why the attempt under this lease has to end, if it has.
     pub(super) fn cause(&self, lease: Lease) -> Option<StopCause> {
-        self.lock().get(&lease.fence).map_or(Some(StopCause::LeaseLost), |held| *held.stop.borrow())
+        self.lock().by_fence.get(&lease.fence).map_or(Some(StopCause::LeaseLost), |held| *held.stop.borrow())
     }
 
     /// Tells every attempt to end.
     pub fn stop_all(&self, cause: StopCause) {
-        for held in self.lock().values() {
+        for held in self.lock().by_fence.values() {
             stop(held, cause);
         }
     }
@@ -140,7 +156,7 @@ impl Held {
     pub(super) async fn until_due(&self) {
         let rest = {
             let leases = self.lock();
-            let kept = leases.values().filter(|held| !held.is_lost());
+            let kept = leases.by_fence.values().filter(|held| !held.is_lost());
             kept.map(HeldLease::rest).min()
         };
         tokio::select! {
@@ -149,17 +165,24 @@ impl Held {
         }
     }
 
-    /// Has those leases renewed at once that `may_be_asked` picks: the answer says whether somebody asked for an end.
-    pub(super) fn look_at(&self, may_be_asked: impl Fn(Lease) -> bool) {
-        for held in self.lock().values_mut().filter(|held| may_be_asked(held.lease)) {
-            held.asked = Some(Boottime::now());
+    /// Has the lease of this run, or every one, renewed at once: the answer says whether somebody asked for its end.
+    pub(super) fn look_at(&self, run_id: Option<Uuid>) {
+        let now = Boottime::now();
+        let mut leases = self.lock();
+        while leases.hints.front().is_some_and(|(_, at)| at.elapsed() > SLOWEST_CLAIM) {
+            leases.hints.pop_front();
         }
+        leases.hints.push_back((run_id, now));
+        for held in leases.by_fence.values_mut().filter(|held| run_id.is_none_or(|id| id == held.lease.run_id)) {
+            held.asked = Some(now);
+        }
+        drop(leases);
         self.changed.notify_one();
     }
 
     /// Keeps what an attempt says about how far it is, for its next renewal.
     pub(super) fn progress(&self, fence: i64, progress: Value) {
-        if let Some(held) = self.lock().get_mut(&fence) {
+        if let Some(held) = self.lock().by_fence.get_mut(&fence) {
             held.progress = Some(progress);
         }
     }
@@ -167,14 +190,15 @@ impl Held {
     /// What is to be renewed, and what is to be said with it, by fence.
     fn due(&self) -> (Vec<Lease>, HashMap<i64, Value>) {
         let leases = self.lock();
-        let due: Vec<&HeldLease> = leases.values().filter(|held| !held.is_lost() && held.rest().is_zero()).collect();
+        let kept = leases.by_fence.values().filter(|held| !held.is_lost());
+        let due: Vec<&HeldLease> = kept.filter(|held| held.rest().is_zero()).collect();
         let progress = due.iter().filter_map(|held| Some((held.lease.fence, held.progress.clone()?))).collect();
         (due.iter().map(|held| held.lease).collect(), progress)
     }
 
     /// Ends every attempt whose lease the reaper may take before its process could be killed otherwise.
     pub(super) fn fence_off(&self) {
-        for held in self.lock().values().filter(|held| held.good.elapsed() > held.patience) {
+        for held in self.lock().by_fence.values().filter(|held| held.good.elapsed() > held.patience) {
             stop(held, StopCause::Unrenewed);
         }
     }
@@ -232,7 +256,7 @@ pub async fn pass(ctx: &Ctx) -> Result<Report, store::Error> {
     let mut leases = ctx.held.lock();
     for (lease, renewal) in due.iter().zip(renewals) {
         // The attempt may have settled meanwhile.
-        let Some(held) = leases.get_mut(&lease.fence) else { continue };
+        let Some(held) = leases.by_fence.get_mut(&lease.fence) else { continue };
         match renewal {
             // The attempt's own clock ends it at its time limit.
             Renewal::Held | Renewal::Overdue | Renewal::CancelRequested => {
@@ -260,4 +284,31 @@ async fn send(
     progress: &HashMap<i64, Value>,
 ) -> Result<(Boottime, Vec<Renewal>), store::Error> {
     ctx.lease_db.with(async |connection| Ok((Boottime::now(), renew(connection, due, progress).await?))).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Settings;
+
+    #[test]
+    fn a_hint_that_comes_before_the_answer_to_its_claim_is_not_missed() {
+        let worker = Settings::default().resolve(None).expect("the defaults").worker;
+        let held = Arc::new(Held::default());
+        let of_another = Uuid::from_u128(9);
+        for (fence, (hints, is_due)) in
+            [(vec![Some(0)], true), (vec![None], true), (vec![Some(9)], false), (vec![], false)].into_iter().enumerate()
+        {
+            let lease = Lease { run_id: Uuid::from_u128(fence as u128 + 1), fence: fence as i64, secret: None };
+            held.look_at(Some(lease.run_id));
+            held.look_at(None);
+            let sent = Boottime::now();
+            for hint in hints {
+                held.look_at(hint.map(|other| if other == 9 { of_another } else { lease.run_id }));
+            }
+            let holding = held.hold(lease, Duration::from_secs(60), sent, &worker);
+            assert_eq!(held.due().0, if is_due { vec![lease] } else { vec![] }, "{fence}");
+            drop(holding);
+        }
+    }
 }

@@ -8,9 +8,8 @@ use crate::store::notify::Cancels;
 /// Listens until the connection breaks. What was asked for before, or got lost, is found by looking at every lease once.
 pub async fn listen(options: &PgConnectOptions, held: &Held) -> sqlx::Result<()> {
     let mut cancels = Cancels::listen(options).await?;
-    held.look_at(|_| true);
+    held.look_at(None);
     loop {
-        let run_id = cancels.next().await?;
-        held.look_at(|lease| lease.run_id == run_id);
+        held.look_at(Some(cancels.next().await?));
     }
 }
