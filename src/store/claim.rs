@@ -254,7 +254,8 @@ pub async fn release<'a>(
 }
 
 /// The leases of runs that this worker has claimed and does not hold: those of a claim whose answer was lost on the way.
-/// `held` are the fences it does hold. What was handed over to an http target is held by that one.
+/// `held` are the fences it does hold. What was handed over to an http target is held by that one, and what the reaper has
+/// shut out is the reaper's to end.
 pub async fn strays(connection: &mut PgConnection, worker: &str, held: &[i64]) -> sqlx::Result<Vec<Lease>> {
     let rows = sqlx::query!(
         r#"
@@ -262,7 +263,8 @@ pub async fn strays(connection: &mut PgConnection, worker: &str, held: &[i64]) -
         from test_runs r
         where r.status = 'running' and r.worker = $1 and r.fence <> all($2::bigint[])
           and not exists (
-            select from run_leases l where l.run_id = r.id and l.fence = r.fence and l.held_until is not null)
+            select from run_leases l
+            where l.run_id = r.id and (l.fence > r.fence or l.fence = r.fence and l.held_until is not null))
         "#,
         worker,
         held,

@@ -4,9 +4,11 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use singletrack::domain::{Lease, Status};
 use singletrack::store::claim::strays;
+use singletrack::store::reap::seal;
 use uuid::Uuid;
 
 use crate::support::calls::{LIMIT, attempts, claim_some, release_one};
@@ -58,6 +60,21 @@ async fn astray_is_what_runs_in_a_workers_name_and_is_not_held() {
     }
     assert_eq!(found(&test, "test", &[]).await, HashSet::from([b]));
     test.check().await;
+}
+
+#[tokio::test]
+async fn what_the_reaper_has_shut_out_is_not_astray() {
+    let test = TestDb::new().await;
+    let silent = plant::overdue(&test, "w", 1).await;
+    assert_eq!(found(&test, "planted", &[]).await, HashSet::from([silent]));
+    let sealed =
+        test.db.with(async |connection| seal(connection, DateTime::<Utc>::UNIX_EPOCH, 100).await).await.unwrap();
+    assert_eq!(sealed.len(), 1);
+    assert_eq!(
+        found(&test, "planted", &[]).await,
+        HashSet::new(),
+        "given back it would be started as if it never had been"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
