@@ -6,8 +6,9 @@
 //! - It is **told to stop** ([`Context::stopped`]) when somebody cancels the run, at the time limit, when the program stops, or when
 //!   the lease can't be renewed. After the kill grace its future is dropped at its next `await`.
 //! - A handler that **blocks its thread** (no `await`, long computations, blocking I/O) can't be dropped: it goes on, its slot of the
-//!   worker stays taken, and once the lease has run out the next run may start beside it. Use `tokio::task::spawn_blocking`
-//!   and check [`Context::stop_cause`] in it, or make it a command.
+//!   worker stays taken, and once the lease has run out the next run may start beside it. Where handlers block all threads of
+//!   the runtime, leases are not even renewed. Use `tokio::task::spawn_blocking` and check [`Context::stop_cause`] in it, or
+//!   make it a command.
 //! - What it spawns and does not wait for outlives it.
 //! - Hand [`Context::fence`] to what it writes to, and have that refuse smaller numbers.
 
@@ -39,15 +40,31 @@ const LOG_BACKLOG: usize = 64;
 const LOG_PIECE: usize = 16 * 1024;
 /// Longest progress, in bytes of JSON.
 const PROGRESS_BYTES: usize = 16 * 1024;
+/// Longest error that is kept, in bytes.
+const ERROR_BYTES: usize = 4 * 1024;
 /// How long the rest of the log may take once the handler is over.
 const LOG_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a handler that does not end is complained about.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 
-type Work = Pin<Box<dyn Future<Output = Result<Value, String>> + Send>>;
+/// What a handler comes to: its output, or its error's text.
+type Done = Result<Value, String>;
+type Work = Pin<Box<dyn Future<Output = Done> + Send>>;
 type Handler = dyn Fn(Context) -> Work + Send + Sync;
 
-/// The handlers of a program, by workflow.
+/// The handlers of a program, by workflow; `singletrack::embed` runs them.
+///
+/// ```
+/// use singletrack::{Context, Handlers};
+///
+/// async fn sync(context: Context) -> Result<(), std::io::Error> {
+///     context.log(format!("attempt {}", context.run().attempt)).await;
+///     Ok(())
+/// }
+///
+/// let handlers = Handlers::new().on(&"nightly-sync".parse()?, sync);
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Clone, Default)]
 pub struct Handlers {
     by_workflow: BTreeMap<String, Arc<Handler>>,
@@ -59,12 +76,14 @@ impl Handlers {
         Self::default()
     }
 
-    /// Runs of `workflow`, whose executor must be `{"type": "handler"}`, are done by `handler` from now on. A handler for `deploy` does those of
-    /// its instances too, unless `deploy@prod` has one of its own.
+    /// Has runs of `workflow` done by `handler`; one that it had before is replaced. A handler for `deploy` does also runs of
+    /// instances such as `deploy@prod` that use its definition, unless the instance has a handler of its own. The definition's
+    /// executor must be `{"type": "handler"}`: runs of other types are not taken, and a run that no program has a handler for
+    /// stays `queued` until it expires.
     ///
     /// `Ok` succeeds, also after it was told to stop: only the handler knows whether its work is done. What it returns becomes the
     /// run's `output`: an object as it is, nothing for `()`, anything else as `{"value": ...}`. `Err` fails, with its text (for
-    /// `anyhow`, with its causes) as the run's `error`; so does a panic, reason `panicked`. After a stop both are what the stop
+    /// `anyhow`, with its causes; at most 4 KiB) as the run's `error`; so does a panic, reason `panicked`. After a stop both are what the stop
     /// was for: `cancelled`, `timed_out` or `stale`.
     pub fn on<H, W, O, E>(mut self, workflow: &WorkflowId, handler: H) -> Self
     where
@@ -153,7 +172,7 @@ impl Context {
     }
 
     /// Waits until the handler has to end, and says why. It has the kill grace from then on; a handler whose lease is lost is
-    /// dropped at its next `await` instead, for the next run may have started.
+    /// dropped at its next `await` instead, for the next run may have started. Never ends in a task that outlives the handler.
     pub async fn stopped(&self) -> StopCause {
         let mut told = self.0.told.clone();
         match told.wait_for(Option::is_some).await.map(|cause| *cause) {
@@ -186,7 +205,7 @@ pub(crate) struct Call<'a> {
     /// Takes what the handler says about its progress.
     pub(crate) progress: Box<dyn Fn(Value) + Send + Sync>,
     /// Asked directly before the handler is started.
-    pub(crate) may_start: &'a (dyn Fn() -> bool + Sync),
+    pub(crate) may_start: Box<dyn Fn() -> bool + Send>,
 }
 
 /// Runs one attempt to its end. Dropping the future drops the handler's at its next `await`.
@@ -202,10 +221,11 @@ pub(crate) async fn run(
     let (tell, told) = watch::channel(None);
     let context = Context(Arc::new(Inner { run: call.run.clone(), log: log_to, progress: call.progress, told }));
     let mut stop = Stop::new(stop, call.time_limit);
-    if !(call.may_start)() {
-        return stopped(StopCause::Unrenewed, call.time_limit);
-    }
-    let work = Spawned(tokio::spawn(handler(context).in_current_span()));
+    let (handler, may_start) = (handler.clone(), call.may_start);
+    // Asked and called inside the task: where handlers block their threads it may wait for long until it gets one, and what
+    // a handler does before its future may panic as well.
+    let work = async move { if may_start() { Some(handler(context).await) } else { None } };
+    let work = Spawned(tokio::spawn(work.in_current_span()));
     let over = CancellationToken::new();
     let mut log = Log::new(log, call.log_bytes);
     let following = async {
@@ -233,10 +253,12 @@ async fn keep(mut said: mpsc::Receiver<String>, log: &mut Log, over: Cancellatio
                 () = over.cancelled(), if !said.is_closed() => { said.close(); continue }
             };
             let Some(line) = line else { return };
-            let mut rest = line.replace('\0', "\u{fffd}");
+            let line = line.replace('\0', "\u{fffd}");
+            let mut rest = line.as_str();
             while !rest.is_empty() {
-                let piece = rest.drain(..rest.floor_char_boundary(LOG_PIECE)).collect();
-                log.send(Stream::Stdout, piece).await;
+                let (piece, after) = rest.split_at(rest.floor_char_boundary(LOG_PIECE));
+                log.send(Stream::Stdout, piece.to_owned()).await;
+                rest = after;
             }
         }
     };
@@ -250,8 +272,8 @@ async fn keep(mut said: mpsc::Receiver<String>, log: &mut Log, over: Cancellatio
     }
 }
 
-/// A task that ends when this is dropped.
-struct Spawned(JoinHandle<Result<Value, String>>);
+/// A task that ends when this is dropped; it answers `None` where the handler was not to be started any more.
+struct Spawned(JoinHandle<Option<Done>>);
 
 impl Drop for Spawned {
     fn drop(&mut self) {
@@ -265,10 +287,13 @@ async fn see_out(
     stop: &mut Stop,
     tell: &watch::Sender<Option<StopCause>>,
     kill_grace: Duration,
-) -> (Result<Result<Value, String>, JoinError>, Option<StopCause>) {
+) -> (Result<Option<Done>, JoinError>, Option<StopCause>) {
     let cause = tokio::select! {
         biased;
-        joined = &mut work.0 => return (joined, None),
+        joined = &mut work.0 => {
+            let never_begun = matches!(joined, Ok(None));
+            return (joined, never_begun.then(|| stop.too_late()));
+        }
         cause = stop.requested() => cause,
     };
     // It may have let go of its context.
@@ -295,21 +320,23 @@ async fn see_out(
 
 /// What an end comes to, and a remark for the log.
 fn conclude(
-    joined: Result<Result<Value, String>, JoinError>,
+    joined: Result<Option<Done>, JoinError>,
     cause: Option<StopCause>,
     time_limit: &Duration,
     output_bytes: usize,
 ) -> (Outcome, Option<String>) {
     let error = match joined {
-        Ok(Ok(value)) => return succeeded(value, output_bytes),
-        Ok(Err(error)) => (None, error),
+        Ok(Some(Ok(value))) => return succeeded(value, output_bytes),
+        Ok(Some(Err(error))) => (None, error),
+        Ok(None) => return (stopped(cause.unwrap_or(StopCause::Unrenewed), *time_limit), None),
         Err(error) => match error.try_into_panic() {
             Ok(panic) => (Some("panicked"), format!("panicked: {}", text(panic.as_ref()))),
             // Dropped, which only a stop does.
             Err(_) => (None, "dropped after the kill grace".into()),
         },
     };
-    let (reason, error) = (error.0, error.1.replace('\0', "\u{fffd}"));
+    let (reason, mut error) = (error.0, error.1.replace('\0', "\u{fffd}"));
+    error.truncate(error.floor_char_boundary(ERROR_BYTES));
     let outcome = match cause {
         None => Outcome { reason: reason.map(str::to_owned), ..failed(error) },
         Some(cause) => {

@@ -38,6 +38,11 @@ impl Stop {
         }
     }
 
+    /// Why nothing may be started any more: what is wished for by now, or a lease that ran out before anybody could say so.
+    pub(super) fn too_late(&self) -> StopCause {
+        self.wish.borrow().unwrap_or(StopCause::Unrenewed)
+    }
+
     /// Waits for the one cause that overrules a grace already granted.
     pub(super) async fn lease_lost(&mut self) {
         if self.wish.wait_for(|cause| *cause == Some(StopCause::LeaseLost)).await.is_err() {

@@ -119,7 +119,7 @@ async fn the_log_keeps_the_order_in_which_both_streams_came() {
     let expected: Vec<_> = ["stdout", "stderr"].into_iter().cycle().zip(texts.iter().map(String::as_str)).collect();
     assert_eq!(seen, expected);
     let seqs: Vec<i64> = entries.iter().map(|entry| entry["seq"].as_i64().unwrap()).collect();
-    assert_eq!(seqs, (1..=10).collect::<Vec<_>>());
+    assert_eq!(seqs, (0..10).collect::<Vec<_>>());
     replica.finish().await;
     test.check().await;
 }

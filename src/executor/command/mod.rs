@@ -154,7 +154,7 @@ async fn start(invocation: &Invocation<'_>, stop: &mut Stop) -> Result<(Guard, P
         }
         StartError::TooLate => {
             guard.leave().await;
-            Err(stopped(StopCause::Unrenewed, time_limit))
+            Err(stopped(stop.too_late(), time_limit))
         }
         StartError::NoGuard { .. } | StartError::Refused(_) => {
             guard.leave().await;

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use reqwest::Response;
 use reqwest::header::{DATE, HeaderMap, LOCATION, RETRY_AFTER};
 use serde_json::Value;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::client::root_cause;
 use super::failed;
@@ -17,6 +17,8 @@ use crate::executor::text::Text;
 
 /// Bytes of a refusal that the run's `error` quotes.
 const QUOTED_BYTES: usize = 300;
+/// How long the text of a 202 is waited for: the run is no longer ours.
+const HANDED_OVER_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest that a server can put off the next attempt.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(24 * 3600);
 
@@ -34,9 +36,25 @@ pub(super) async fn conclude(response: Response, log: &mut Log, output_bytes: us
     let hint = redirect_hint(&response);
     // An answer that breaks off is an answer still: the status is known.
     let _ = keep(response, log, &mut body, QUOTED_BYTES).await;
-    let quoted = one_line(&body);
-    let text = if quoted.is_empty() { String::new() } else { format!(": {quoted}") };
-    Outcome { retry_after, ..failed(format!("answered {status}{hint}{text}")) }
+    let quoted = quoted(&body);
+    Outcome { retry_after, ..failed(format!("answered {status}{hint}{quoted}")) }
+}
+
+/// Notes a 202, with the beginning of its text: one piece, for the log's other pieces are numbered by the server.
+pub(super) async fn remark(mut response: Response, log: &mut Log) {
+    let status = response.status();
+    let mut body = Vec::new();
+    // Whether the text comes to its end says nothing about the run.
+    let _ = timeout(HANDED_OVER_PATIENCE, async {
+        while let Ok(Some(bytes)) = response.chunk().await
+            && body.len() < QUOTED_BYTES
+        {
+            body.extend_from_slice(&bytes);
+        }
+    })
+    .await;
+    let quoted = quoted(&body);
+    log.send(Stream::System, format!("answered {status}{quoted}\n")).await;
 }
 
 /// Sends the answer to the log, and keeps its beginning, up to `most` bytes of it.
@@ -118,6 +136,12 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         }
     };
     Some(wait.min(LONGEST_RETRY_AFTER))
+}
+
+/// What an answer says, to be put behind its status.
+fn quoted(body: &[u8]) -> String {
+    let line = one_line(body);
+    if line.is_empty() { line } else { format!(": {line}") }
 }
 
 /// The beginning of a text as one line that a person can read.

@@ -13,7 +13,6 @@ use std::future::ready;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
 
 use crate::domain::executor::Http;
 use crate::domain::outcome::{Outcome, Verdict};
@@ -22,9 +21,6 @@ use crate::executor::log::Log;
 use crate::executor::stop::{Stop, stopped};
 
 pub use client::Client;
-
-/// How long the text of a 202 is waited for: the run is no longer ours.
-const HANDED_OVER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// One attempt to have a server do the work.
 pub struct Call<'a> {
@@ -61,7 +57,7 @@ pub enum Answer {
 /// Sends the request and says what became of the attempt. Whatever goes wrong is an [`Outcome`] too.
 ///
 /// The text of the answer is the log, as [`command::run`](super::command::run) sends it; while `log` is full the server
-/// waits. The attempt ends early when `stop` holds a cause or the time limit passes: the connection is closed then, and
+/// waits. Of a 202 the log gets one remark: the log that follows is the server's own. The attempt ends early when `stop` holds a cause or the time limit passes: the connection is closed then, and
 /// nobody knows how far the server goes on.
 ///
 /// Dropping the future closes the connection at once.
@@ -81,12 +77,11 @@ pub async fn run(call: Call<'_>, log: mpsc::Sender<LogChunk>, stop: watch::Recei
     };
     let response = match response {
         Ok(response) => response,
-        Err(request::Unsent::TooLate) => return Answer::Ended(stopped(StopCause::Unrenewed, call.time_limit)),
+        Err(request::Unsent::TooLate) => return Answer::Ended(stopped(stop.too_late(), call.time_limit)),
         Err(request::Unsent::Other(error)) => return Answer::Ended(failed(error)),
     };
     if response.status().as_u16() == 202 {
-        // Whether the text came to its end says nothing about the run.
-        let _ = timeout(HANDED_OVER_PATIENCE, answer::keep(response, &mut log, &mut Vec::new(), 0)).await;
+        answer::remark(response, &mut log).await;
         return Answer::HandedOver;
     }
     Answer::Ended(tokio::select! {

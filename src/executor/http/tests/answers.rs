@@ -128,8 +128,8 @@ async fn accepted_hands_the_run_over_whatever_comes_after() {
         // A wish to stop that comes with the answer comes too late: the server has taken the run.
         let seen = to(server.url()).run_and(|_, stopper| _ = stopper.send_replace(Some(StopCause::Cancel))).await;
         assert_eq!(seen.answer, Answer::HandedOver);
-        assert_eq!(seen.text(Stream::System), "answered 202 Accepted\n");
-        assert_eq!(seen.text(Stream::Stdout), "taken");
+        let [LogChunk { stream: Stream::System, text }] = &seen.chunks[..] else { panic!("{:?}", seen.chunks) };
+        assert_eq!(text, "answered 202 Accepted: taken\n");
     }
     let server = Server::new(|mut stream| async move {
         stream.write_all(b"HTTP/1.1 202 Accepted\r\ncontent-length: 50\r\n\r\ntaken").await.expect("the client reads");
