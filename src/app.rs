@@ -40,7 +40,8 @@ pub enum Role {
     Worker,
 }
 
-/// Asks a replica to stop: once to let its runs finish, twice to stop them.
+/// Asks a replica to stop: once to let its runs finish, twice to stop them. Clones ask the same replica, or replicas; what was
+/// asked is never taken back.
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     draining: CancellationToken,
@@ -48,7 +49,9 @@ pub struct Stop {
 }
 
 impl Stop {
-    /// The first call begins to drain; the second ends the drain at once.
+    /// The first call begins to drain: nothing is claimed any more, and what runs has the drain timeout
+    /// ([`Worker::drain_timeout`](crate::config::Worker)) to finish. The second ends the drain at once: what runs is told to stop, and has the kill
+    /// grace. What was stopped so ends as `stale`, reason `shutdown`, and is retried where its workflow says so.
     pub fn ask(&self) {
         if self.draining.is_cancelled() {
             self.hurry.cancel();
@@ -85,7 +88,11 @@ pub async fn migrate_schema(options: &PgConnectOptions) -> anyhow::Result<usize>
     }
 }
 
-/// Brings the schema up to date, or makes sure that it is.
+/// Brings the schema up to date, or makes sure that it is. Programs that start at once take turns.
+///
+/// # Errors
+/// When the database can't be reached, when this account may not change the schema, and, with [`Migrate::Off`], when it is
+/// not up to date.
 pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow::Result<()> {
     if when == Migrate::Auto {
         let count = migrate_schema(options).await?;
@@ -145,10 +152,15 @@ pub async fn run(
     work(&config, &options, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
 }
 
-/// Runs `handlers` in this program until `stop` is asked and everything it holds is settled or given back. It needs
-/// [`Config::database_url`], serves no API, and executes nothing but handlers; stale runs of any kind are ended here too.
+/// Runs `handlers` in this program until `stop` is asked and everything it holds is settled or given back. It serves no API,
+/// and executes nothing but handlers; stale runs of any kind are ended here too. `examples/embedded.rs` is a whole program.
 ///
-/// The program's own `tracing` subscriber gets the log, and its own signal handlers call [`Stop::ask`].
+/// - `config` is made by [`Settings::resolve`](crate::config::Settings::resolve) and must have a [`Config::database_url`]. At most
+///   [`Worker::capacity`](crate::config::Worker) handlers run at once. There are up to [`Config::pool_size`] connections and two more.
+/// - It wants a runtime of Tokio with time and I/O; one of several threads, where handlers compute.
+/// - The program's own `tracing` subscriber gets the log, and its own signal handlers call [`Stop::ask`].
+/// - Whoever drops the future instead has the handlers told to stop ([`StopCause::Shutdown`]), as after the second asking, but
+///   does not see them end: it is better to ask and wait.
 ///
 /// # Errors
 /// When the database can't be reached at start, when its schema is not up to date and may not be brought there, and when a
@@ -156,12 +168,25 @@ pub async fn run(
 pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Result<()> {
     let url = config.database_url.as_ref().context("no database is named: set Settings::database_url")?;
     let options = url.options();
-    let (to, when) = (options.clone(), config.migrate);
+    let (to, when, asked) = (options.clone(), config.migrate, stop.clone());
     // On a thread where it need not be `Send`: the compiler can't prove that of sqlx's migrator (rust-lang/rust#100013), and
     // whoever embeds this wants to spawn it.
-    tokio::task::spawn_blocking(move || Handle::current().block_on(prepare_schema(&to, when))).await??;
+    let preparing = tokio::task::spawn_blocking(move || {
+        Handle::current().block_on(async {
+            tokio::select! {
+                prepared = prepare_schema(&to, when) => prepared,
+                // A database that does not answer must not keep the program from leaving.
+                () = asked.asked() => Ok(()),
+            }
+        })
+    });
+    preparing.await??;
+    if stop.draining.is_cancelled() {
+        return Ok(());
+    }
+    let workflows = handlers.workflows();
     let ctx = context(&config, &options, &stop, None, Some(Arc::new(handlers)))?;
-    tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, "ready");
+    tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
     work(&config, &options, ctx, Parts::default(), &stop, || ()).await
 }
 
@@ -175,6 +200,7 @@ async fn work(
     stop: &Stop,
     last: impl FnOnce(),
 ) -> anyhow::Result<()> {
+    let _dropped = Dropped(ctx.clone());
     let done = CancellationToken::new();
     parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
@@ -231,8 +257,8 @@ fn context(
         held: Arc::new(Held::default()),
         capacity: Arc::new(Semaphore::new(worker.capacity)),
         attempts: TaskTracker::new(),
-        draining: stop.draining.clone(),
-        hurry: stop.hurry.clone(),
+        draining: stop.draining.child_token(),
+        hurry: stop.hurry.child_token(),
         worker: Arc::new(worker),
     })
 }
@@ -251,6 +277,20 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
     server.http_builder().http1().header_read_timeout(HEAD_TIMEOUT).timer(hyper_util::rt::TokioTimer::new());
     if let Err(error) = server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await {
         tracing::error!(%error, "the API ended");
+    }
+}
+
+/// Stops what is held when whoever runs a replica drops its future: attempts are tasks of their own, and from then on nobody
+/// renews their leases, or notices that they run out.
+struct Dropped(engine::Ctx);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        let Self(ctx) = self;
+        ctx.draining.cancel();
+        // An attempt that begins sees the one, or is told the other.
+        ctx.hurry.cancel();
+        ctx.held.stop_all(StopCause::Shutdown);
     }
 }
 
@@ -274,6 +314,8 @@ async fn drain(ctx: &engine::Ctx, drain_timeout: Duration, kill_grace: Duration)
             running = ctx.attempts.len(),
             "leaving runs behind; the reaper of another replica will end them"
         );
+        // Nobody renews them from now on, and a program that this is embedded in goes on.
+        ctx.held.stop_all(StopCause::LeaseLost);
     }
 }
 

@@ -248,3 +248,63 @@ async fn a_program_claims_what_it_has_handlers_for_and_the_service_claims_no_han
     service.finish().await;
     test.check().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_handler_that_panics_before_it_has_a_future_is_an_outcome_as_well() {
+    let test = TestDb::new().await;
+    let api = Replica::api_only(&test).await;
+    let program = Program::start(
+        &test,
+        on("w", |context| {
+            let number: usize = context.input().expect("a number");
+            async move { Ok(json!(number)) }
+        }),
+    );
+    define(&api.client, "w", json!({})).await;
+    let done = api.client.finished(run(&api.client, "w", json!("one")).await).await;
+    assert_eq!((&done["status"], &done["reason"]), (&json!("failed"), &json!("panicked")), "{done}");
+    assert!(done["error"].as_str().unwrap().contains("a number"), "{done}");
+    program.finish().await;
+    api.finish().await;
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_that_drops_its_worker_has_its_handlers_told_to_stop() {
+    let test = TestDb::new().await;
+    let api = Replica::api_only(&test).await;
+    let begun = Flag::default();
+    let flag = begun.clone();
+    let program = Program::start(
+        &test,
+        on("w", move |context: Context| {
+            let begun = flag.clone();
+            async move {
+                begun.raise();
+                Err(format!("{:?}", context.stopped().await))
+            }
+        }),
+    );
+    define(&api.client, "w", json!({})).await;
+    let id = run(&api.client, "w", json!(null)).await;
+    begun.raised().await;
+    program.task.abort();
+    let done = api.client.finished(id).await;
+    assert_eq!((&done["status"], &done["reason"]), (&json!("stale"), &json!("shutdown")), "{done}");
+    assert_eq!(done["error"], "stopped because its worker shut down: Shutdown");
+    // Whoever embeds the next one may use the same `Stop`.
+    assert!(tokio::time::timeout(Duration::ZERO, program.stop.asked()).await.is_err());
+    api.finish().await;
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_program_can_leave_while_its_database_does_not_answer() {
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("postgres://somebody@{}/nothing", silent.local_addr().unwrap());
+    let stop = Stop::default();
+    let task = tokio::spawn(embed(short_lease().resolve(Some(url)).unwrap(), Handlers::new(), stop.clone()));
+    let _connection = silent.accept().await.unwrap();
+    stop.ask();
+    tokio::time::timeout(LIMIT, task).await.expect("it leaves").unwrap().unwrap();
+}
