@@ -17,7 +17,8 @@ use crate::executor::command::{Guarding, guard};
 /// Time a worker that is about to lose its lease leaves for a pause of its machine, on top of the kill grace.
 pub const MARGIN: Duration = Duration::from_secs(2);
 
-/// The settings as they were given. Each flag mirrors the variable named with it.
+/// The settings as they were given, as text; `None`, or nothing but blanks, is the default. Each flag mirrors the variable
+/// named with it, and only the command line reads either: a program of your own says here what is to differ.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Settings {
     /// Where the runs live, as a postgres:// URL of one host. Without the flag `serve`, `worker` and `migrate` read the
@@ -39,7 +40,7 @@ pub struct Settings {
     /// Folder of the programs `initdb` and `postgres` for `dev`. [default: looked for]
     #[arg(long, env = "SINGLETRACK_PG_BIN", value_name = "FOLDER")]
     pub pg_bin: Option<String>,
-    /// Connections to the database, besides one for heartbeats. [default: 10]
+    /// Connections to the database, besides one for heartbeats and one that hears of cancels. [default: 10]
     #[arg(long, env = "SINGLETRACK_POOL_SIZE", value_name = "NUMBER")]
     pub pool_size: Option<String>,
     /// Runs executed at once by this replica; 0: API only. [default: number of CPUs]
@@ -297,6 +298,9 @@ fn number<T: FromStr + PartialOrd + fmt::Display>(low: T, high: T) -> impl Fn(&s
 
 impl Settings {
     /// Checks every setting. `database_url` is the variable DATABASE_URL where the command reads it; the flag wins.
+    ///
+    /// # Errors
+    /// Every wrong setting, by the name of its variable, with what is wrong.
     pub fn resolve(&self, database_url: Option<String>) -> Result<Config, Mistakes> {
         let mut read = Reader { mistakes: Vec::new() };
         let database_url = self.database_url.clone().or(database_url);

@@ -27,6 +27,13 @@
 //! heartbeats, and settles under the lease that its token names (`api/claims.rs`, `api/leases.rs`; `examples/` has two such
 //! workers). Its first heartbeat confirms the lease; without that the reaper gives the run back.
 //!
+//! # A worker in your own program
+//!
+//! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function
+//! knows of its run, and [`executor::handler`] says what it has to heed. [`config::Settings`] become the [`config::Config`],
+//! [`Stop`] ends it. Workflows are defined and runs are started by any program: over HTTP, or with [`store::workflows::put`] and
+//! [`store::enqueue::enqueue`]. `examples/embedded.rs` does all of it.
+//!
 //! # Where things live
 //!
 //! | module | what it is | may use |

@@ -111,7 +111,8 @@ pub struct Db {
 }
 
 impl Db {
-    /// A pool of at most `connections`; none is opened before it is needed. `limit` is for the work of one [`Db::with`].
+    /// A pool of at most `connections`; none is opened before it is needed. `limit` is for the work of one [`Db::with`]: [`LIMIT`]
+    /// is a good one.
     pub fn new(options: PgConnectOptions, connections: u32, limit: Duration) -> Self {
         let pool = PgPoolOptions::new()
             .max_connections(connections)
@@ -128,10 +129,15 @@ impl Db {
         Self { pool, limit }
     }
 
-    /// Runs `work` on a connection of the pool, within the limit for statements.
+    /// Runs `work` on a connection of the pool, within the limit for statements: `db.with(async |connection|
+    /// enqueue(connection, &requests, false).await).await`.
     ///
     /// When the limit is over, or the caller's future is dropped half way, the connection is closed and not given back:
     /// nobody may meet an answer, or a transaction, that somebody else left on it.
+    ///
+    /// # Errors
+    /// What became of `work`, by what the caller can do about it; [`Error::Unreachable`] also when no connection comes free
+    /// within 5 seconds.
     pub async fn with<T>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>) -> Result<T, Error> {
         // Acquired first and by itself: only then is it known that nothing was sent.
         let mut connection = Guarded(Some(self.pool.acquire().await.map_err(Error::Unreachable)?));

@@ -56,7 +56,8 @@ pub struct Put {
     pub created: bool,
 }
 
-/// Makes `definition` the current revision of `id`; what says the same as the current one makes no new one.
+/// Makes `definition` the current revision of `id`; what says the same as the current one makes no new one. Ask
+/// [`Definition::mistakes`] first: the database refuses what is out of range, but does not say it as well.
 pub async fn put(
     connection: &mut PgConnection,
     id: &WorkflowId,
