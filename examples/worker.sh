@@ -150,3 +150,4 @@ while [ -z "$stopping" ]; do
   jq -c '.runs[0] // empty' "$files/claims" >"$files/run"
   if [ -s "$files/run" ]; then attempt "$@"; else sleep 0.5; fi
 done
+exit 0 # however the last attempt ended
