@@ -95,8 +95,37 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         {
             pointer.push_str(&step);
         }
-        in_body(pointer, detail)
+        in_body(pointer, in_words(&detail))
     })
+}
+
+/// What serde says of a wrong value, in the words of JSON. A string is not repeated: it may be a token.
+fn in_words(detail: &str) -> String {
+    let parts = |what| detail.strip_prefix(what).and_then(|rest| rest.rsplit_once(", expected "));
+    if let Some((given, wanted)) = parts("invalid type: ") {
+        let wanted = match wanted {
+            "i16" | "i32" | "i64" | "u64" => "a whole number",
+            "f64" => "a number",
+            "a sequence" => "an array",
+            "a map" => "an object",
+            "string or map" => "a string",
+            other => other,
+        };
+        let given = match given.split([' ', '`']).next() {
+            Some("string") => "a string",
+            Some("sequence") => "an array",
+            Some("map") => "an object",
+            _ => given.split('`').nth(1).unwrap_or(given), // a number or a boolean itself, or null
+        };
+        return format!("must be {wanted}, not {given}");
+    }
+    if let Some((given, _)) = parts("invalid value: integer ") {
+        return format!("{given} is out of range: /openapi.json has the bounds");
+    }
+    match detail.strip_prefix("unknown variant ") {
+        Some(rest) => rest.replacen("`, expected", "` is not known, expected", 1),
+        None => detail.to_owned(),
+    }
 }
 
 /// A step into a body, as a JSON pointer has it.
@@ -224,4 +253,35 @@ pub(super) fn preferred_wait(headers: &HeaderMap, longest: Duration) -> Result<O
         }
     }
     Ok(wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    struct Body {
+        _count: Option<i16>,
+        _texts: Option<Vec<String>>,
+        _status: Option<crate::domain::RetryOn>,
+    }
+
+    #[test]
+    fn wrong_values_are_named_in_the_words_of_json_and_strings_are_not_repeated() {
+        let cases = [
+            (json!({"_count": "st1_secret, expected a map"}), "must be a whole number, not a string"),
+            (json!({"_count": 1.5}), "must be a whole number, not 1.5"),
+            (json!({"_count": 40_000}), "`40000` is out of range: /openapi.json has the bounds"),
+            (json!({"_texts": {"a": 1}}), "must be an array, not an object"),
+            (json!({"_texts": [null]}), "must be a string, not null"),
+            (json!({"_status": true}), "must be a string, not true"),
+            (json!({"_status": "stael"}), "`stael` is not known, expected one of `failed`, `timed_out`, `stale`"),
+        ];
+        for (body, words) in cases {
+            let problem = parse::<Body>(body.to_string().as_bytes()).unwrap_err().line();
+            assert_eq!(problem.split_once(": ").map(|(_, detail)| detail), Some(words), "{body}");
+        }
+    }
 }

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use super::extract::Json;
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
+use crate::domain::object::objects;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
 use crate::store::claim::{self, Renewal};
 use crate::store::logs::{self, Bound, LAST_SEQ};
@@ -48,9 +49,10 @@ impl TryFrom<String> for Token {
 
 /// Something said of each of several leases.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, bound(deserialize = "T: Deserialize<'de>"))]
 pub(super) struct Leases<T> {
     /// 1 to 1000, each lease once.
+    #[serde(deserialize_with = "objects")]
     #[schema(min_items = 1, max_items = 1000)]
     leases: Vec<T>,
 }
@@ -104,7 +106,7 @@ fn json_size(value: &impl Serialize) -> usize {
 #[serde(deny_unknown_fields)]
 pub(super) struct Heartbeat {
     token: Token,
-    /// How far the work is: any JSON of at most 16 KiB. Without it, what was said last stands.
+    /// How far the work is: any JSON of at most 16 KiB. Without it, or with null, what was said last stands.
     progress: Option<Value>,
 }
 
@@ -117,25 +119,25 @@ pub(super) struct Heard {
     reason: Option<StopReason>,
 }
 
+/// - `ok`: it holds for another heartbeat timeout. Go on.
+/// - `cancel_requested`: it holds, and the work is to end. Stop it, and finish the run as it ended.
+/// - `busy`: nothing is known this time. Try again soon.
+/// - `lost`: it is gone. Stop the work: the run is over, or somebody else's.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Hearing {
-    /// It holds for another heartbeat timeout: go on.
     Ok,
-    /// It holds, and the work is to end. Stop it, and finish the run as it ended.
     CancelRequested,
-    /// Nothing is known this time: try again soon.
     Busy,
-    /// It is gone: stop the work, nobody waits for it any more.
     Lost,
 }
 
+/// - `requested`: somebody asked for the end of the run. Any end but success makes it `cancelled`.
+/// - `timeout`: the attempt is past its `timeout_seconds`. Any end but success is `timed_out`.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum StopReason {
-    /// Somebody asked for the end of the run: any end but success makes it `cancelled`.
     Requested,
-    /// The attempt is past its `timeout_seconds`: any end but success is `timed_out`.
     Timeout,
 }
 
@@ -162,7 +164,7 @@ impl From<Renewal> for Heard {
     request_body = Leases<Heartbeat>,
     responses((status = 200, body = Answers<Heard>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn heartbeat(
     State(api): State<Api>,
     Json(heartbeats): Json<Leases<Heartbeat>>,
@@ -193,14 +195,14 @@ pub(super) struct Finish {
     error: Option<String>,
 }
 
+/// - `succeeded`: it did what it should.
+/// - `failed`: it ended by itself, but not well. It is tried again where attempts are left and `retry_on` has it.
+/// - `cancelled`: it was stopped. Asked for or not, it is not tried again.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum End {
-    /// It did what it should.
     Succeeded,
-    /// It ended by itself, but not well.
     Failed,
-    /// It was stopped: asked for or not, it is not tried again.
     Cancelled,
 }
 
@@ -235,13 +237,11 @@ pub(super) struct Finished {
     run: Option<Run>,
 }
 
-/// Whether a lease was good for what was asked.
+/// Whether a lease was good for what was asked: `ok`, it is done; `lost`, the lease is gone and nothing was changed.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Taken {
-    /// It was: what was asked is done.
     Ok,
-    /// It is gone: nothing was changed.
     Lost,
 }
 
@@ -257,7 +257,7 @@ enum Taken {
     request_body = Leases<Finish>,
     responses((status = 200, body = Answers<Finished>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn finish(
     State(api): State<Api>,
     Json(ends): Json<Leases<Finish>>,
@@ -305,7 +305,7 @@ pub(super) struct Released {
     request_body = Leases<Release>,
     responses((status = 200, body = Answers<Released>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn release(
     State(api): State<Api>,
     Json(releases): Json<Leases<Release>>,
@@ -346,7 +346,7 @@ pub(super) struct Piece {
     responses((status = 204, description = "It is kept, was before, or is dropped"), (status = 400, body = Problem),
               (status = 409, body = Problem, description = "`lease-lost`, with `run_id`"), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn logs(State(api): State<Api>, Json(piece): Json<Piece>) -> Result<StatusCode, Problem> {
     let Piece { token: Token(lease), stream, seq, text } = piece;
     let checks = [

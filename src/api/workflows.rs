@@ -67,7 +67,7 @@ pub(super) async fn put(
     headers: HeaderMap,
     Json(definition): Json<Definition>,
 ) -> Result<(StatusCode, axum::Json<Revision>), Problem> {
-    refuse_headers(&headers, &["if-match", "if-none-match"])?;
+    refuse_headers(&headers, &["If-Match", "If-None-Match"])?;
     let mut mistakes = definition.mistakes();
     let shortest = api.facts.shortest_heartbeat_timeout;
     // What is out of every range was said already.
@@ -104,7 +104,7 @@ pub(super) async fn delete(
     Id(id): Id<WorkflowId>,
     headers: HeaderMap,
 ) -> Result<StatusCode, Problem> {
-    refuse_headers(&headers, &["if-match"])?;
+    refuse_headers(&headers, &["If-Match"])?;
     let name = id.clone();
     let deleted =
         to_its_end(async move { db.with(async |connection| workflows::delete(connection, &id).await).await }).await??;

@@ -1,7 +1,7 @@
 //! Pure values and decisions: no await, no SQL, no clock, no randomness.
 
 pub mod executor;
-mod object;
+pub(crate) mod object;
 pub mod outcome;
 pub mod outgoing;
 pub mod retry;

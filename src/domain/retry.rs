@@ -39,7 +39,7 @@ impl RetryOn {
 
 /// How long a run waits before its next attempt: `initial_seconds` after the first, `factor` times as long after each
 /// further one, up to `max_seconds`; each wait is longer or shorter by up to the share `jitter`, at random, and never longer
-/// than `max_seconds`. What a server asks for in `Retry-After` is waited for in any case, up to a week.
+/// than `max_seconds`. What a server asks for in `Retry-After` is waited for in any case, up to a day.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Backoff {

@@ -64,7 +64,8 @@ pub fn check_queue(queue: &str) -> Result<(), String> {
     if is_name(queue, 128) {
         return Ok(());
     }
-    Err(format!("`{}` is not a queue: letters, digits, `.`, `_` and `-`, at most 128 characters", queue.escape_debug()))
+    let form = "letters, digits, `.`, `_` and `-`, beginning with a letter or digit, at most 128 characters";
+    Err(format!("`{}` is not a queue: {form}", queue.escape_debug()))
 }
 
 /// Checks a priority.
@@ -113,21 +114,23 @@ pub struct Definition {
     pub start_within_seconds: Option<i32>,
     /// How many attempts a run may have: 1 to 1000.
     #[serde(default = "one")]
-    #[schema(minimum = 1, maximum = 1000)]
+    #[schema(minimum = 1, maximum = 1000, default = 1)]
     pub max_attempts: i32,
     /// After which ends of an attempt there is another one: some of `failed`, `timed_out`, `stale` (its worker was lost or
     /// had to stop).
     #[serde(default = "RetryOn::all")]
+    #[schema(default = json!(["failed", "timed_out", "stale"]))]
     pub retry_on: BTreeSet<RetryOn>,
     /// How long a run waits before its next attempt. It keeps its slot meanwhile.
     #[serde(default, deserialize_with = "object")]
     pub backoff: Backoff,
     /// Default priority of its runs: -100 to 100, higher first.
     #[serde(default)]
-    #[schema(minimum = -100, maximum = 100)]
+    #[schema(minimum = -100, maximum = 100, default = 0)]
     pub priority: i16,
     /// The queue its runs are put in; a worker can be told which queues to serve.
     #[serde(default = "default_queue")]
+    #[schema(default = "default")]
     pub queue: String,
     /// Labels its runs start with.
     #[serde(default)]

@@ -110,7 +110,7 @@ pub struct LogEntry {
     pub attempt: i32,
     /// The claim of that attempt.
     pub fence: i64,
-    /// Order of arrival within the attempt.
+    /// Its place in the attempt's log. A pull worker may count each stream by itself.
     pub seq: i64,
     /// Where it came from.
     pub stream: Stream,

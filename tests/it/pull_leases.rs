@@ -185,6 +185,9 @@ async fn one_bad_entry_refuses_the_whole_request_before_anything_is_done() {
         ("release", json!([{"token": good}, {"token": good}]), "/leases/1/token"),
         ("release", json!([{"token": good, "reason": "x"}]), "/leases/0/reason"),
         ("heartbeat", json!([{"token": good}, {"token": 1}]), "/leases/1/token"),
+        ("heartbeat", json!([good]), "/leases/0"),
+        ("heartbeat", json!([[good, {"done": 1}]]), "/leases/0"),
+        ("release", json!([[good]]), "/leases/0"),
         ("heartbeat", json!([{"token": good, "progress": "x".repeat(16 * 1024 - 1)}]), "/leases/0/progress"),
         ("heartbeat", json!(vec![json!({"token": good}); 1001]), "/leases"),
     ];
