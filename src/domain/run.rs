@@ -103,6 +103,8 @@ pub struct Holder {
     pub started_at: Option<DateTime<Utc>>,
     /// Seconds since its worker's last sign of life; null while it is queued.
     pub heartbeat_age_seconds: Option<f64>,
+    /// What its worker last said about how far it is; null where it said nothing.
+    pub progress: Option<serde_json::Value>,
     /// Who enqueued it.
     pub requested_by: String,
 }

@@ -89,7 +89,7 @@ async fn a_taken_slot_is_answered_with_the_run_that_holds_it() {
         let names: Vec<_> = told.as_object().unwrap().keys().collect();
         assert_eq!(
             names,
-            ["created_at", "heartbeat_age_seconds", "reason", "requested_by", "started_at", "status"],
+            ["created_at", "heartbeat_age_seconds", "progress", "reason", "requested_by", "started_at", "status"],
             "no secret"
         );
         assert_eq!((&told["status"], &told["requested_by"]), (&json!(status), &json!("test")));

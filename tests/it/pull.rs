@@ -53,6 +53,7 @@ async fn a_run_is_claimed_confirmed_worked_on_and_finished() {
         .await
         .unwrap();
     assert_eq!(progress, json!({"done": 3, "of": 10}), "what was said last stands");
+    assert_eq!(client.enqueue("w").await.body["holder"]["progress"], progress, "and a refused caller is told");
     assert_eq!(client.print(&token, "stdout", 1, "half\n").await.status, 204);
     assert_eq!(client.print(&token, "stderr", 2, "done\n").await.status, 204);
     let end = json!({"outcome": "succeeded", "output": {"built": true}});

@@ -31,7 +31,8 @@ holder as materialized (
            case when r.status = 'running' then r.started_at end as started_at,
            case when r.status = 'running'
                 then greatest(extract(epoch from now() - coalesce(l.heartbeat_at, r.started_at))::float8, 0)
-           end as heartbeat_age_seconds
+           end as heartbeat_age_seconds,
+           case when r.status = 'running' then l.progress end as progress
     from entry e
     join test_runs r on r.workflow_id = e.workflow_id and r.status in ('queued', 'running')
     left join run_leases l on l.run_id = r.id and l.fence >= r.fence
