@@ -20,6 +20,7 @@ use crate::config::{Config, MARGIN, Migrate};
 use crate::domain::StopCause;
 use crate::engine::heartbeat::Held;
 use crate::engine::{self, reaper::Reaper};
+use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
 use crate::store::{self, Db, migrate};
@@ -123,6 +124,11 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let listen = listener.local_addr()?;
     let ctx = context(&config, &options, &stop, Some(listen), None)?;
+    if config.worker.guarding.mode == guard::Mode::Off {
+        tracing::warn!(
+            "SINGLETRACK_GUARD=off: commands may outlive their run and overlap with the next; nothing is promised"
+        );
+    }
     let api = Api {
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),

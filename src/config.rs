@@ -31,7 +31,7 @@ pub struct Settings {
     /// Address the API listens on; loopback only. [default: 127.0.0.1:7410]
     #[arg(long, env = "SINGLETRACK_LISTEN", value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
-    /// How others reach it, for links. [default: http:// and the address listened on]
+    /// How others reach it, through a proxy say: for callbacks and links, and its host is let in. [default: http:// and the address listened on]
     #[arg(long, env = "SINGLETRACK_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
     /// Where `dev` keeps its private Postgres. [default: .singletrack]
@@ -59,7 +59,8 @@ pub struct Settings {
     #[arg(long, env = "SINGLETRACK_KILL_GRACE", value_name = "DURATION")]
     pub kill_grace: Option<String>,
     /// How commands are guarded: auto (in a PID namespace where that is allowed), subreaper (never in one: for commands that
-    /// use sudo or other set-uid programs) or off (for proving what the guard does; promises nothing). [default: auto]
+    /// use sudo or other set-uid programs) or off (not at all, to prove what the guard is for: then nothing is promised, and
+    /// commands of one workflow may overlap). [default: auto]
     #[arg(long, env = "SINGLETRACK_GUARD", value_name = "HOW")]
     pub guard: Option<String>,
     /// Longest an attempt may take, unless its workflow says otherwise, in whole seconds. [default: 10m]
