@@ -152,7 +152,7 @@ impl ClaimedRun {
     responses((status = 200, body = Claims, description = "What was claimed; nothing, where nothing was due"),
               (status = 400, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) -> Result<axum::Json<Claims>, Problem> {
     wanted.check()?;
     let (since, wait) = (Instant::now(), Duration::from_secs(wanted.wait_seconds));

@@ -28,7 +28,7 @@ const TAG: &str = "runs";
                headers(("Location" = String, description = "Where the run is read"))),
               (status = 400, body = Problem), (status = 404, body = Problem), (status = 409, body = Problem, description = "`run-over`"),
               (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn cancel(
     State(api): State<Api>,
     Id(RunId(id)): Id<RunId>,
@@ -66,7 +66,7 @@ pub(super) async fn cancel(
                headers(("Location" = String, description = "Where the holder is read"),
                        ("Retry-After" = u64, description = "Seconds"))),
               (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn rerun(
     State(api): State<Api>,
     Id(RunId(id)): Id<RunId>,

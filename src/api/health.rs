@@ -35,7 +35,7 @@ pub(super) struct Readiness {
 ///
 /// The database answers, its schema is at least as new as this version, and the replica is not stopping.
 #[utoipa::path(get, path = "/readyz", tag = TAG, security(()),
-    responses((status = 200, body = Readiness), (status = 503, body = Readiness)))]
+    responses((status = 200, body = Readiness), (status = 503, body = Readiness, description = "Not now: the body says why")))]
 pub(super) async fn readyz(State(api): State<Api>) -> (StatusCode, Json<Readiness>) {
     let applied = api.db.with(async |connection| migrate::applied(connection).await).await;
     let (database, schema) = match applied {

@@ -68,8 +68,9 @@ impl Refusal {
     tag = TAG, security((), ("api_key" = ["enqueue"])),
     request_body = Start,
     responses((status = 202, body = Started), (status = 400, body = Refusal, description = "`workflow_id` is missing"),
-              (status = 404, body = Refusal), (status = 409, body = Refusal, description = "`scriptRunId` is in progress"),
-              (status = 500, body = Refusal), (status = 503, body = Refusal, description = "The database is away")))]
+              (status = 404, body = Refusal, description = "No such workflow"),
+              (status = 409, body = Refusal, description = "`scriptRunId` is in progress"),
+              (status = 500, body = Refusal, description = "It failed, and its log has the cause"), (status = 503, body = Refusal, description = "The database is away")))]
 pub(super) async fn start(
     State(api): State<Api>,
     actor: Result<Actor, Problem>,
@@ -150,8 +151,9 @@ pub(super) struct ScriptRun {
     get, path = "/api/script-run/{id}", operation_id = "get_script_run",
     tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = String, Path, description = "Run id")),
-    responses((status = 200, body = ScriptRun), (status = 404, body = Refusal), (status = 500, body = Refusal),
-              (status = 503, body = Refusal)))]
+    responses((status = 200, body = ScriptRun), (status = 404, body = Refusal, description = "No such run"),
+              (status = 500, body = Refusal, description = "It failed, and its log has the cause"),
+              (status = 503, body = Refusal, description = "The database is away")))]
 pub(super) async fn get(State(db): State<Db>, id: Result<Path<Uuid>, PathRejection>) -> Response {
     let Ok(Path(id)) = id else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Script run not found"))).into_response();

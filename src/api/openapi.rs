@@ -1,6 +1,8 @@
 //! The OpenAPI document.
 
 use axum::Json;
+use utoipa::PartialSchema as _;
+use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::response::ResponseBuilder;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
@@ -27,7 +29,7 @@ pub fn document() -> OpenApi {
             if path.starts_with("/api/v1/") {
                 operation.responses.responses.insert("default".into(), any_other_problem());
             }
-            say_problem_json(operation);
+            complete(operation);
         }
     }
     document
@@ -37,20 +39,43 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
     [&mut item.get, &mut item.put, &mut item.post, &mut item.delete].into_iter().flatten()
 }
 
+/// What an answer means whose route says nothing more about it.
+fn meaning(status: &str) -> &'static str {
+    match status {
+        "200" => "As asked",
+        "202" => "Accepted, and committed before this answer",
+        "204" => "Done",
+        "400" => "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list.",
+        "404" => "`not-found`",
+        "413" => "`too-large`",
+        "415" => "`unsupported-media-type`: the body must be JSON, and the header Content-Type say so.",
+        "422" => "`invalid-request`: `errors` names each wrong part.",
+        "503" => "`database-unavailable`, `database-busy` or `contended`: repeat it after the time in `Retry-After`.",
+        _ => "",
+    }
+}
+
 /// What any request can meet before and beside its handler.
 fn any_other_problem() -> RefOr<utoipa::openapi::Response> {
     let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
     ResponseBuilder::new()
-        .description("403: a Host or Origin that is not the service's own. 500: it failed, and its log has the cause.")
+        .description(
+            "403 `host-not-allowed`, `origin-not-allowed`: not the service's own. 405 `method-not-allowed`. \
+             500 `internal`: it failed, and its log has the cause.",
+        )
         .content(PROBLEM_JSON, content)
         .build()
         .into()
 }
 
-/// The routes' declarations say what the bodies are, and not under which media type problems are sent.
-fn say_problem_json(operation: &mut Operation) {
-    for response in operation.responses.responses.values_mut() {
+/// The routes' declarations say what the bodies are, and not what is the same for all: under which media type problems are
+/// sent, what a status means, and that 503 says when to come back.
+fn complete(operation: &mut Operation) {
+    for (status, response) in &mut operation.responses.responses {
         let RefOr::T(response) = response else { continue };
+        if response.description.is_empty() {
+            response.description = meaning(status).into();
+        }
         let is_problem = |content: &RefOr<Content>| {
             let RefOr::T(content) = content else { return false };
             matches!(&content.schema, Some(RefOr::Ref(schema)) if schema.ref_location.ends_with("/Problem"))
@@ -59,6 +84,10 @@ fn say_problem_json(operation: &mut Operation) {
             && let Some(content) = response.content.shift_remove("application/json")
         {
             response.content.insert(PROBLEM_JSON.into(), content);
+            if status == "503" {
+                let seconds = HeaderBuilder::new().schema(Some(u64::schema())).description(Some("Seconds")).build();
+                response.headers.insert("Retry-After".into(), seconds.into());
+            }
         }
     }
 }

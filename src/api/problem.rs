@@ -22,10 +22,12 @@ const TYPE: &str = "urn:singletrack:problem:";
     "status": 409,
     "run_id": "0198c5a0-5a1e-7c5e-9d3c-3f6d2a1b4c5d",
     "holder": {"status": "running", "reason": null, "created_at": "2026-11-22T10:00:00Z",
-               "started_at": "2026-11-22T10:00:01Z", "heartbeat_age_seconds": 3.2, "requested_by": "ci"}
+               "started_at": "2026-11-22T10:00:01Z", "heartbeat_age_seconds": 3.2, "progress": null, "requested_by": "ci"}
 }))]
 pub(super) struct Problem {
-    /// `urn:singletrack:problem:` and the cause: `slot-taken`, `not-found`, `invalid-request`, ...
+    /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
+    /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
+    /// `host-not-allowed`, `origin-not-allowed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -207,13 +209,20 @@ impl Problem {
 
     pub(super) fn refused_host(host: &str) -> Self {
         Self::new(StatusCode::FORBIDDEN, "host-not-allowed", "This service does not go by that name").with_detail(
-            format!("Host `{}` is neither loopback nor that of SINGLETRACK_PUBLIC_URL.", host.escape_debug()),
+            format!(
+                "Host `{}` is neither loopback nor that of SINGLETRACK_PUBLIC_URL: send one of these, or set that one to how \
+                 others reach this service.",
+                host.escape_debug()
+            ),
         )
     }
 
     pub(super) fn refused_origin(origin: &str) -> Self {
         Self::new(StatusCode::FORBIDDEN, "origin-not-allowed", "Web pages of other origins may not use this service")
-            .with_detail(format!("Origin `{}` is not this service's own.", origin.escape_debug()))
+            .with_detail(format!(
+                "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
+                origin.escape_debug()
+            ))
     }
 
     pub(super) fn internal(cause: impl Into<Box<str>>) -> Self {

@@ -83,7 +83,7 @@ impl NewRun {
                headers(("Location" = String, description = "Where the holder is read"),
                        ("Retry-After" = u64, description = "Seconds"))),
               (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem, headers(("Retry-After" = u64, description = "Seconds")))))]
+              (status = 503, body = Problem)))]
 pub(super) async fn enqueue(
     State(api): State<Api>,
     Id(workflow_id): Id<WorkflowId>,

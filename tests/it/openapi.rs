@@ -64,10 +64,29 @@ fn every_operation_says_what_it_is_and_what_it_will_need() {
             None => assert!(open, "{method} {path}: it will need a scope"),
             Some(scope) => assert!(["read", "enqueue", "work", "admin"].contains(&scope), "{method} {path}: {scope}"),
         }
+        for (status, response) in operation["responses"].as_object().unwrap() {
+            assert_ne!(response["description"], "", "{method} {path} {status}: description");
+        }
         for parameter in operation["parameters"].as_array().into_iter().flatten() {
             assert!(parameter["description"].is_string(), "{method} {path}: {parameter}");
         }
     }
+}
+
+#[test]
+fn every_type_of_problem_is_listed() {
+    let document = document();
+    let listed = document["components"]["schemas"]["Problem"]["properties"]["type"]["description"].as_str().unwrap();
+    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/problem.rs")).unwrap();
+    let mut causes = 0;
+    for made in source.split("Self::new(").chain(source.split("Problem::new(")).skip(1) {
+        let Some(cause) = made.trim_start().strip_prefix("StatusCode::").and_then(|made| made.split('"').nth(1)) else {
+            continue;
+        };
+        assert!(listed.contains(&format!("`{cause}`")), "{cause}");
+        causes += 1;
+    }
+    assert!(causes >= 17, "{causes}");
 }
 
 #[test]
