@@ -3,7 +3,8 @@
 //!
 //!     DATABASE_URL=postgres://... cargo run --example embedded
 //!
-//! and start a run of it in SQL-free Rust as below, or over HTTP at any `singletrack serve` on the same database.
+//! starts one run of it and does it; Ctrl-C ends the program. Further runs can be started over HTTP at any `singletrack serve`
+//! on the same database. That of `make run` is `postgres://singletrack@localhost/postgres?host=$PWD/.singletrack/socket`.
 
 use std::time::Duration;
 
@@ -49,8 +50,9 @@ async fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let workflow: WorkflowId = "nightly-sync".parse().map_err(anyhow::Error::msg)?;
 
+    let url = std::env::var("DATABASE_URL").context("DATABASE_URL must name the Postgres to use")?;
     // The settings of the service, by the names of its flags; here all but one have their defaults.
-    let settings = Settings { database_url: Some(std::env::var("DATABASE_URL")?), ..Settings::default() };
+    let settings = Settings { database_url: Some(url), ..Settings::default() };
     let config = settings.resolve(None)?;
 
     let stop = Stop::default();
