@@ -280,7 +280,7 @@ mod tests {
             (json!({"_status": "stael"}), "`stael` is not known, expected one of `failed`, `timed_out`, `stale`"),
         ];
         for (body, words) in cases {
-            let problem = parse::<Body>(body.to_string().as_bytes()).unwrap_err().line();
+            let problem = parse::<Body>(body.to_string().as_bytes()).expect_err("a mistake").line();
             assert_eq!(problem.split_once(": ").map(|(_, detail)| detail), Some(words), "{body}");
         }
     }
