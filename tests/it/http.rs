@@ -7,8 +7,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 use singletrack::config::Settings;
-use singletrack::domain::{LogChunk, Status, Stream, Verdict};
-use singletrack::store::logs;
+use singletrack::domain::{Status, Verdict};
 use singletrack::store::settle::Settled;
 use sqlx::PgPool;
 use uuid::Uuid;
@@ -212,12 +211,18 @@ async fn what_a_target_takes_over_needs_no_worker_any_more_and_ends_by_its_token
     assert_eq!((refused.status, refused.run_id()), (409, id));
 
     // The target counts the pieces of its log from 1, of all streams or of each.
-    let lease = target.call(0).await.lease();
-    let said = [(Stream::System, "begun\n"), (Stream::Stdout, "half\n"), (Stream::Stdout, "done\n")];
-    let said = said.map(|(stream, text)| LogChunk { stream, text: text.to_owned() });
-    test.db.with(async |connection| logs::append(connection, lease, 1, &said).await).await.unwrap();
+    let call = target.call(0).await;
+    for (seq, stream, text) in [(1, "system", "begun\n"), (2, "stdout", "half\n"), (3, "stdout", "done\n")] {
+        assert_eq!(api.client.print(call.token(), stream, seq, text).await.status, 204);
+    }
     assert_eq!(api.client.log(id).await, "answered 202 Accepted: mine now\nbegun\nhalf\ndone\n");
-    assert_eq!(settle_one(&test.db, lease, Verdict::Succeeded).await, Settled::Recorded(Status::Succeeded));
+    let end = json!({"outcome": "succeeded", "output": {"rows": 7}});
+    let answer = api.client.say_one("finish", call.token(), end).await;
+    assert_eq!(
+        (&answer["run"]["status"], &answer["run"]["output"]),
+        (&json!("succeeded"), &json!({"rows": 7})),
+        "{answer}"
+    );
     assert_eq!(target.calls().len(), 1);
     assert_eq!(api.client.enqueue("w").await.status, 202, "the slot is free");
     api.finish().await;
@@ -279,8 +284,9 @@ async fn nobody_stops_a_target_that_took_over_and_a_cancel_counts_when_it_says_h
         handed_over(&test.sql, id).await;
         assert_eq!(replica.client.post(&format!("/api/v1/runs/{id}/cancel"), json!({})).await.status, 202);
         assert_eq!(plant::status(&test.sql, id).await, Status::Running);
-        let lease = target.call(call).await.lease();
-        assert_eq!(settle_one(&test.db, lease, verdict).await, Settled::Recorded(status));
+        let call = target.call(call).await;
+        assert_eq!(replica.client.beat(call.token()).await["result"], "cancel_requested");
+        assert_eq!(settle_one(&test.db, call.lease(), verdict).await, Settled::Recorded(status));
     }
     replica.finish().await;
     test.check().await;

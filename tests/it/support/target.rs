@@ -34,9 +34,14 @@ impl Call {
         self.header("singletrack-fence").parse().unwrap()
     }
 
-    /// The lease that the callback's token stands for.
+    /// What the target shows when it speaks of the run.
+    pub fn token(&self) -> &str {
+        self.body["callback"]["token"].as_str().unwrap()
+    }
+
+    /// The lease that the token stands for.
     pub fn lease(&self) -> Lease {
-        Lease::of_token(self.body["callback"]["token"].as_str().unwrap()).unwrap()
+        Lease::of_token(self.token()).unwrap()
     }
 }
 
