@@ -37,17 +37,18 @@ async fn refuses(client: &Client, workflow: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_default_settings_30_seconds_without_postgres_end_no_run_and_lose_no_result() {
     let mut postgres = block_in_place(|| own_postgres("away-30s"));
-    let (test, scratch) = (TestDb::on(&postgres).await, Scratch::new());
+    // A folder each: in its own namespace the process of one has the same id as that of the other.
+    let (test, scratch, aside) = (TestDb::on(&postgres).await, Scratch::new(), Scratch::new());
     let replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "4")]);
     let client = &replica.client;
-    for (id, exit) in [("meanwhile", 3), ("later", 0)] {
+    for (id, exit, scratch) in [("meanwhile", 3, &scratch), ("later", 0, &aside)] {
         let script = format!(
             "echo before; echo $$ > {id}.pid; until [ -e {id} ]; do sleep 0.1; done; echo '{{\"{id}\": 1}}'; exit {exit}"
         );
         scratch.define(client, id, &script).await;
     }
     let (meanwhile, later) = (client.enqueue("meanwhile").await.run_id(), client.enqueue("later").await.run_id());
-    let (meanwhile_pid, later_pid) = (scratch.pid("meanwhile.pid").await, scratch.pid("later.pid").await);
+    let (meanwhile_pid, later_pid) = (scratch.pid("meanwhile.pid").await, aside.pid("later.pid").await);
 
     let since = Instant::now();
     block_in_place(|| postgres.stop_immediate());
@@ -71,7 +72,7 @@ async fn with_default_settings_30_seconds_without_postgres_end_no_run_and_lose_n
     assert!(is_alive(later_pid));
     assert_eq!(client.enqueue("meanwhile").await.status, 202, "everything works as before");
 
-    scratch.touch("later");
+    aside.touch("later");
     let run = client.finished(later).await;
     assert_eq!((&run["status"], &run["attempt"]), (&json!("succeeded"), &json!(1)), "{run}");
     assert_eq!(client.log(later).await, "before\n{\"later\": 1}\n");
