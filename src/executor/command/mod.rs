@@ -85,7 +85,8 @@ pub struct Limits {
 /// UTF-8 and NUL replaced by U+FFFD; `System` is this executor speaking. While `log` is full the command waits on its
 /// pipe, when it is closed the log is discarded. The attempt ends early when `stop` holds a cause or the time limit
 /// passes, even while `log` is stuck. Must be called on a thread that lives as long as the command (a Tokio worker, not
-/// `spawn_blocking`), in a process that starts no other children meanwhile: this makes it a subreaper.
+/// `spawn_blocking`). It makes this process a subreaper: when a guard is lost, what this process's first thread has started
+/// meanwhile, in a group of its own, is taken for something the guard has left behind, and killed.
 ///
 /// Dropping the future has everything of the run killed at once, without waiting for it to be gone.
 pub async fn run(

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::io;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 /// A process, alive or a zombie.
@@ -18,10 +20,18 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// The process of this id, if there is one.
-    pub(super) fn read(pid: Pid) -> Option<Self> {
-        let stat = fs::read(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-        let stat = String::from_utf8_lossy(&stat);
+    /// The process of this id; `None` where there is none, or none that this account may see. An error, such as too many
+    /// open files, says nothing about it.
+    pub(super) fn read(pid: Pid) -> io::Result<Option<Self>> {
+        match fs::read(format!("/proc/{}/stat", pid.as_raw_nonzero())) {
+            Ok(stat) => Ok(Self::parse(pid, &String::from_utf8_lossy(&stat))),
+            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => Ok(None),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn parse(pid: Pid, stat: &str) -> Option<Self> {
         // The name stands in parentheses and may hold any character, also a parenthesis.
         let (_, fields) = stat.rsplit_once(')')?;
         let mut fields = fields.split_ascii_whitespace().skip(1);
@@ -31,16 +41,21 @@ impl Process {
     }
 
     /// All there are. One that is born or loses its parent meanwhile can be missed.
-    pub(super) fn all() -> Vec<Self> {
-        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok().and_then(Pid::from_raw));
-        pids.filter_map(Self::read).collect()
+    pub(super) fn all() -> io::Result<Vec<Self>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+            if let Some(pid) = pid {
+                all.extend(Self::read(pid)?);
+            }
+        }
+        Ok(all)
     }
 
     /// Signals this very process: its id may be another's by now.
     pub(super) fn signal(&self, signal: Signal) {
         let handle = pidfd_open(self.pid, PidfdFlags::empty());
-        if Self::read(self.pid).is_none_or(|now| now.started != self.started) {
+        if !Self::read(self.pid).is_ok_and(|now| now.is_some_and(|now| now.started == self.started)) {
             return;
         }
         // It may be gone, or of another account by a set-uid program: then nobody here can do anything about it.

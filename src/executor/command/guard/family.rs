@@ -27,7 +27,8 @@ impl Family {
             }
             Family::Namespace => {}
             Family::Descendants => {
-                for process in descendants(&Process::all(), [getpid().as_raw_pid()]) {
+                // Where it can't look, what matters comes again: KILL is repeated, and a TERM that is missed costs a grace.
+                for process in descendants(&Process::all().unwrap_or_default(), [getpid().as_raw_pid()]) {
                     process.signal(signal);
                 }
             }
