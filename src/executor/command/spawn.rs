@@ -6,9 +6,11 @@ use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream as Socket;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Once;
 use std::time::Duration;
 
 use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::process::setsid;
 use serde_json::value::RawValue;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
 use tokio::net::UnixStream;
@@ -70,6 +72,7 @@ pub(super) struct Pipes {
 pub(super) struct Guard {
     child: Child,
     registered: Registered,
+    mode: Mode,
     reports: Lines<BufReader<UnixStream>>,
     /// The same socket for orders: written to without waiting.
     orders: Socket,
@@ -88,7 +91,7 @@ impl Guard {
         let mut process = process(guarding, theirs);
         let (mut child, registered) = orphans::spawn(&mut process, guarding.mode != Mode::Off)?;
         let pipes = Pipes { stdin: child.stdin.take(), stdout: child.stdout.take(), stderr: child.stderr.take() };
-        Ok((Guard { child, registered, reports, orders }, pipes))
+        Ok((Guard { child, registered, mode: guarding.mode, reports, orders }, pipes))
     }
 
     /// Has the command started.
@@ -102,7 +105,12 @@ impl Guard {
             return Err(StartError::GuardLost);
         }
         match self.report().await {
-            Some(Report::Started) => Ok(()),
+            Some(Report::Started { namespace }) => {
+                if self.mode == Mode::Auto && !namespace {
+                    say_once_what_is_missing();
+                }
+                Ok(())
+            }
             Some(Report::CannotStart(why)) => Err(StartError::Refused(why)),
             Some(Report::TooLate) => Err(StartError::TooLate),
             Some(Report::Ended { .. }) | None => Err(StartError::GuardLost),
@@ -127,7 +135,7 @@ impl Guard {
 
     /// Returns when a guard that has nothing left to do is gone.
     pub(super) async fn leave(self) {
-        let Self { mut child, registered, reports, orders } = self;
+        let Self { mut child, registered, reports, orders, .. } = self;
         // Where it still waits to be told something, it ends with the socket.
         drop((reports, orders));
         if timeout(LAST_WORDS, child.wait()).await.is_err() {
@@ -139,6 +147,16 @@ impl Guard {
     pub(super) async fn destroy(self) {
         destroy(self.child, &self.registered).await;
     }
+}
+
+fn say_once_what_is_missing() {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        tracing::warn!(
+            "no PID namespaces here, so commands are guarded by a subreaper: if worker and guard are killed at the same instant, \
+             what a command had started can outlive it"
+        );
+    });
 }
 
 /// However long it takes: while a process in an uninterruptible sleep is still there, to return would let two commands of one
@@ -182,10 +200,14 @@ fn process(guarding: &Guarding, socket: Socket) -> Process {
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0);
-    // SAFETY: between fork and exec only one system call is made, nothing is allocated and no lock is taken.
-    unsafe { process.pre_exec(move || Ok(fcntl_setfd(socket.as_fd(), FdFlags::empty())?)) };
+        .stderr(Stdio::piped());
+    let prepare = move || {
+        // Away from the service's terminal: whatever asks for a password there would be stopped, and wait for ever.
+        setsid()?;
+        Ok(fcntl_setfd(socket.as_fd(), FdFlags::empty())?)
+    };
+    // SAFETY: between fork and exec only two system calls are made, nothing is allocated and no lock is taken.
+    unsafe { process.pre_exec(prepare) };
     process
 }
 

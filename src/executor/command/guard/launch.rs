@@ -74,10 +74,6 @@ pub(super) fn launch(start: &Start, mode: Mode) -> Result<Pid, Error> {
         command.args(&start.argv[1..]).env_clear().envs(environment.iter().map(|(name, value)| (name, value)));
         command.process_group(0);
         prepare(&mut command, start, account.as_ref(), &plan, mode, say);
-        // Nothing may come between this question and the start.
-        if mode != Mode::Off && Boottime::now() >= start.end_by {
-            return Err(Error::TooLate);
-        }
         let spawned = command.spawn();
         // With its copy of the pipe, or there would be no end to read to.
         drop(command);
@@ -85,6 +81,9 @@ pub(super) fn launch(start: &Start, mode: Mode) -> Result<Pid, Error> {
             Ok(child) => return Ok(Pid::from_child(&child)),
             Err(error) => error,
         };
+        if too_late(start, mode) {
+            return Err(Error::TooLate);
+        }
         let mut why = String::new();
         if said.read_to_string(&mut why).is_ok() && !why.is_empty() {
             return Err(Error::Said(why));
@@ -95,6 +94,10 @@ pub(super) fn launch(start: &Start, mode: Mode) -> Result<Pid, Error> {
         tries += 1;
         sleep(BUSY_PAUSE);
     }
+}
+
+fn too_late(start: &Start, mode: Mode) -> bool {
+    mode != Mode::Off && Boottime::now() >= start.end_by
 }
 
 fn account(name: &str) -> Result<Account, Error> {
@@ -129,7 +132,7 @@ fn prepare(
     mut say: PipeWriter,
 ) {
     let guard = getpid();
-    let (account, plan, limits) = (account.cloned(), plan.clone(), start.limits);
+    let (account, plan, start) = (account.cloned(), plan.clone(), start.clone());
     let steps = move || -> Result<(), Box<dyn std::error::Error>> {
         if let Some(account) = &account {
             become_account(account).map_err(|error| Error::Become(account.name.clone(), error))?;
@@ -140,10 +143,14 @@ fn prepare(
         if mode != Mode::Off {
             die_with(guard)?;
         }
+        // Not before the steps above, which may have waited for a slow disk.
+        if too_late(&start, mode) {
+            return Err(Error::TooLate.into());
+        }
         // Last: little memory is enough from here on.
-        limit(Resource::Nofile, limits.open_files)?;
-        limit(Resource::Nproc, limits.processes)?;
-        limit(Resource::Data, limits.memory_bytes)?;
+        limit(Resource::Nofile, start.limits.open_files)?;
+        limit(Resource::Nproc, start.limits.processes)?;
+        limit(Resource::Data, start.limits.memory_bytes)?;
         Ok(())
     };
     let said = move || {

@@ -104,8 +104,12 @@ fn guard(socket: i32, mode: Mode) -> io::Result<()> {
     let socket = UnixStream::from(unsafe { OwnedFd::from_raw_fd(socket) });
     // Blocked and not ignored: what is ignored stays so in the command.
     SigSet::all().thread_block()?;
-    // SAFETY: a default disposition runs no code of ours. Ignored, it would take the exit status away.
-    unsafe { signal(NixSignal::SIGCHLD, SigHandler::SigDfl) }?;
+    // Whoever started the service may have left some ignored (`nohup`, a script's `&`): SIGCHLD would take the exit status
+    // away, and the others would be ignored in the command.
+    for each in NixSignal::iterator().filter(|each| !matches!(each, NixSignal::SIGKILL | NixSignal::SIGSTOP)) {
+        // SAFETY: a default disposition runs no code of ours.
+        unsafe { signal(each, SigHandler::SigDfl) }?;
+    }
     if mode == Mode::Off {
         return attend(Control::new(socket), Family::Descendants, mode);
     }
@@ -128,6 +132,7 @@ fn attend(mut control: Control, family: Family, mode: Mode) -> io::Result<()> {
         Order::Start(start) => start,
         other => return Err(io::Error::other(format!("{other:?} came before the start"))),
     };
+    let namespace = matches!(family, Family::Namespace);
     let watch = match watch::Watch::new(family, mode, &start) {
         Ok(watch) => watch,
         Err(error) => return refuse(control, &launch::Error::Guard(error)),
@@ -136,7 +141,7 @@ fn attend(mut control: Control, family: Family, mode: Mode) -> io::Result<()> {
         Ok(command) => {
             // The worker reads to the end of the pipes, and whoever holds them has none.
             release_stdio()?;
-            control.report(&Report::Started);
+            control.report(&Report::Started { namespace });
             watch.follow(command, control)
         }
         Err(error) => refuse(control, &error),

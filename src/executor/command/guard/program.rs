@@ -45,6 +45,8 @@ pub(super) enum StartError {
     Missing(PathBuf),
     #[error("program {0:?} is a directory: correct `argv`")]
     IsDirectory(PathBuf),
+    #[error("program {0:?} is no regular file: correct `argv`")]
+    NotAFile(PathBuf),
     #[error(
         "program {0:?} is not executable by the command's user (permission denied): chmod +x it, or correct `argv`"
     )]
@@ -180,6 +182,8 @@ impl Plan {
 fn executable(file: PathBuf) -> Result<PathBuf, StartError> {
     match fs::metadata(&file) {
         Ok(meta) if meta.is_dir() => Err(StartError::IsDirectory(file)),
+        // To look into a named pipe would take until somebody writes to it.
+        Ok(meta) if !meta.is_file() => Err(StartError::NotAFile(file)),
         Ok(_) if access(&file, Access::EXEC_OK).is_ok() => Ok(file),
         Ok(_) => Err(StartError::NotExecutable(file)),
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Err(StartError::NotExecutable(file)),

@@ -26,7 +26,7 @@ pub(in crate::executor::command) enum Order {
 }
 
 /// What to start, and until when.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(in crate::executor::command) struct Start {
     pub(in crate::executor::command) argv: Vec<String>,
     pub(in crate::executor::command) cwd: Option<String>,
@@ -43,7 +43,10 @@ pub(in crate::executor::command) struct Start {
 /// Guard to worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::executor::command) enum Report {
-    Started,
+    Started {
+        /// Whether in a PID namespace of its own.
+        namespace: bool,
+    },
     /// It was not, and why; the last report.
     CannotStart(String),
     /// It was not: `end_by` had passed. The last report.
@@ -69,11 +72,13 @@ pub(in crate::executor::command) fn line(message: &impl Serialize) -> Vec<u8> {
 pub(super) struct Control {
     socket: UnixStream,
     received: Vec<u8>,
+    /// So much of it has no line's end.
+    searched: usize,
 }
 
 impl Control {
     pub(super) fn new(socket: UnixStream) -> Self {
-        Self { socket, received: Vec::new() }
+        Self { socket, received: Vec::new(), searched: 0 }
     }
 
     /// Tells the worker. Where it is gone, the next order is an error.
@@ -107,8 +112,10 @@ impl Control {
 
     /// The first order that is received whole.
     pub(super) fn received_order(&mut self) -> Option<io::Result<Order>> {
-        let end = self.received.iter().position(|byte| *byte == b'\n')?;
+        let searched = std::mem::replace(&mut self.searched, self.received.len());
+        let end = searched + self.received[searched..].iter().position(|byte| *byte == b'\n')?;
         let line: Vec<u8> = self.received.drain(..=end).collect();
+        self.searched = 0;
         Some(serde_json::from_slice(&line).map_err(io::Error::from))
     }
 }

@@ -19,8 +19,10 @@ use super::protocol::{Control, Order, Report, Start};
 use crate::executor::boottime::Boottime;
 use crate::executor::command::exit::Exit;
 
-/// Between two KILLs, for those that the one before has missed.
+/// Between the first KILL and the next, for those that it has missed; doubled each time.
 const KILL_AGAIN: Duration = Duration::from_millis(10);
+/// The longest: what is left then sleeps in the kernel, perhaps for hours, and looking for it costs a look at all processes.
+const KILL_RARELY: Duration = Duration::from_millis(500);
 
 /// Where a run stands.
 #[derive(Clone, Copy, PartialEq)]
@@ -28,7 +30,8 @@ enum Phase {
     Running,
     /// Everybody was sent TERM, and has until then.
     Terminated(Boottime),
-    Killed,
+    /// Everybody was sent KILL, and is again then, so long after the last time.
+    Killed(Boottime, Duration),
 }
 
 /// What it takes to follow a run, ready before the run is started.
@@ -107,8 +110,8 @@ impl Watch {
             // What a command leaves behind would hold its files, ports and locks while the next run of its workflow starts.
             Phase::Running if self.exit.is_some() || now >= self.end_by => self.terminate(),
             Phase::Terminated(until) if now >= until => self.kill(),
-            Phase::Killed => self.family.signal(Signal::KILL),
-            Phase::Running | Phase::Terminated(_) => {}
+            Phase::Killed(again, pause) if now >= again => self.strike((pause * 2).min(KILL_RARELY)),
+            Phase::Running | Phase::Terminated(_) | Phase::Killed(..) => {}
         }
     }
 
@@ -130,8 +133,12 @@ impl Watch {
 
     fn kill(&mut self) {
         self.stopped |= self.exit.is_none();
-        self.phase = Phase::Killed;
+        self.strike(KILL_AGAIN);
+    }
+
+    fn strike(&mut self, pause: Duration) {
         self.family.signal(Signal::KILL);
+        self.phase = Phase::Killed(Boottime::now() + pause, pause);
     }
 
     /// Collects who has ended; whether nobody is left. The orphans of a run are children of this process.
@@ -156,7 +163,7 @@ impl Watch {
         let due = match self.phase {
             Phase::Running => self.end_by,
             Phase::Terminated(until) => until,
-            Phase::Killed => Boottime::now() + KILL_AGAIN,
+            Phase::Killed(again, _) => again,
         };
         let at = Itimerspec { it_interval: Timespec::default(), it_value: due.timespec() };
         timerfd_settime(&self.timer, TimerfdTimerFlags::ABSTIME, &at)?;
