@@ -1,6 +1,5 @@
 //! The workers of `examples/`, run as they are by somebody who copied them.
 
-use std::io::Write as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,10 +9,10 @@ use serde_json::{Value, json};
 
 use crate::support::calls::{LIMIT, attempts, row};
 use crate::support::database::TestDb;
-use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
 use crate::support::scratch::{Scratch, gone};
 use crate::support::wire::Wire;
+use crate::support::{eventually, skipped};
 
 /// What the command of these tests does with its input.
 const SCRIPT: &str = r#"
@@ -59,7 +58,7 @@ impl Drop for Worker {
     }
 }
 
-/// Whether all of `tools` are here. Where one is not, the test is skipped, and says so; never in CI.
+/// Whether all of `tools` are here. Where one is not, the test is skipped.
 fn has(tools: &[&str]) -> bool {
     let folders: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap()).collect();
     let missing: Vec<_> =
@@ -67,10 +66,7 @@ fn has(tools: &[&str]) -> bool {
     if missing.is_empty() {
         return true;
     }
-    assert!(std::env::var_os("CI").is_none(), "these are missing: {missing:?}");
-    // Not by a macro, which the test's harness would keep to itself.
-    let remark = format!("SKIPPED: a worker of examples/ can't be tested without {missing:?}\n");
-    std::io::stderr().write_all(remark.as_bytes()).unwrap();
+    skipped(&format!("a worker of examples/ can't be tested without {missing:?}"));
     false
 }
 

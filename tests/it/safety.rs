@@ -10,10 +10,10 @@ use rustix::process::geteuid;
 use singletrack::config::Settings;
 
 use crate::support::database::TestDb;
-use crate::support::plant;
 use crate::support::process::{GUARD, Process, SHORT_LEASE, singletrack};
 use crate::support::proxy::Proxy;
 use crate::support::replica::{Answer, Client, Replica, short_lease};
+use crate::support::{plant, skipped};
 
 /// One request to each kind of route: method, path, body.
 fn requests(run: &str) -> Vec<(Method, String, &'static str)> {
@@ -212,8 +212,7 @@ fn a_password_is_printed_nowhere() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_can_not_read_the_services_secrets_under_the_same_account() {
     if !geteuid().is_root() {
-        eprintln!("SKIPPED: only root can start a replica under an account of no rights");
-        return;
+        return skipped("only root can start a replica under an account of no rights");
     }
     let (test, account) = (TestDb::new().await, 65534);
     // The database's own socket is closed to it.

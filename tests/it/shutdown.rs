@@ -76,13 +76,13 @@ async fn a_stopping_replica_is_unready_claims_nothing_renews_its_leases_and_lets
 }
 
 /// The processes of a run that heeds TERM and of one that does not, both under way on `replica`.
-async fn two_long_runs(scratch: &Scratch, replica: &Process) -> [(Uuid, rustix::process::Pid); 2] {
+async fn two_long_runs(folders: &[Scratch; 2], replica: &Process) -> [(Uuid, rustix::process::Pid); 2] {
     // The shell would add a remark on its own terminated `sleep`.
     let heeds =
         "exec 2>/dev/null; trap 'echo ending; exit 7' TERM; echo begun; echo $$ > heeds; while :; do sleep 0.05; done";
     let ignores = "trap '' TERM; echo begun; echo $$ > ignores; while :; do sleep 0.05; done";
     let mut started = Vec::new();
-    for (id, script) in [("heeds", heeds), ("ignores", ignores)] {
+    for (scratch, (id, script)) in folders.iter().zip([("heeds", heeds), ("ignores", ignores)]) {
         scratch.define(&replica.client, id, script).await;
         let run_id = replica.client.enqueue(id).await.run_id();
         started.push((run_id, scratch.pid(id).await));
@@ -103,10 +103,10 @@ async fn stopped_by_shutdown(client: &Client, run_id: Uuid, exit_code: Value) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_longer_than_the_drain_limit_is_stopped_and_settled_as_stale() {
-    let (test, scratch) = (TestDb::new().await, Scratch::new());
+    let (test, folders) = (TestDb::new().await, [Scratch::new(), Scratch::new()]);
     let witness = replica(&test, &[("SINGLETRACK_WORKERS", "0")]);
     let mut stopping = replica(&test, &[("SINGLETRACK_DRAIN_TIMEOUT", "1s")]);
-    let [heeds, ignores] = two_long_runs(&scratch, &stopping).await;
+    let [heeds, ignores] = two_long_runs(&folders, &stopping).await;
 
     let asked = Instant::now();
     stopping.signal(Signal::TERM);
@@ -123,10 +123,10 @@ async fn what_runs_longer_than_the_drain_limit_is_stopped_and_settled_as_stale()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_sigterm_hurries() {
-    let (test, scratch) = (TestDb::new().await, Scratch::new());
+    let (test, folders) = (TestDb::new().await, [Scratch::new(), Scratch::new()]);
     let witness = replica(&test, &[("SINGLETRACK_WORKERS", "0")]);
     let mut stopping = replica(&test, &[("SINGLETRACK_DRAIN_TIMEOUT", "10m")]);
-    let [heeds, ignores] = two_long_runs(&scratch, &stopping).await;
+    let [heeds, ignores] = two_long_runs(&folders, &stopping).await;
 
     stopping.signal(Signal::TERM);
     draining(&stopping.client).await;

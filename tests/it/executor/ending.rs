@@ -1,5 +1,7 @@
 //! How a command ends, or is ended, and what is left of it.
 
+use std::os::unix::process::CommandExt as _;
+
 use super::*;
 
 #[tokio::test]
@@ -200,4 +202,72 @@ async fn many_runs_at_once_keep_their_results_apart() {
     while let Some(result) = runs.join_next().await {
         result.expect("as it should");
     }
+}
+
+/// A child that this process has started itself, in a group of its own, while the run was under way.
+struct Bystander(std::sync::mpsc::Sender<()>, std::thread::JoinHandle<bool>);
+
+impl Bystander {
+    /// Its thread stays: the kernel would give the children of one that has ended to the first.
+    fn start() -> Self {
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            let mut child = std::process::Command::new("sleep").arg("60").process_group(0).spawn().expect("sleep");
+            ready.send(()).expect("somebody waits");
+            let _ = ended.recv();
+            let lived = child.try_wait().is_ok_and(|ended| ended.is_none());
+            let _ = child.kill();
+            let _ = child.wait();
+            lived
+        });
+        is_ready.recv().expect("it has started");
+        Self(end, thread)
+    }
+
+    fn lived(self) -> bool {
+        drop(self.0);
+        self.1.join().expect("its thread")
+    }
+}
+
+#[tokio::test]
+async fn what_a_dead_guard_leaves_behind_is_killed_and_no_other_child_of_this_process() {
+    let bench = shell(
+        "echo up; until [ -e $1/go ]; do sleep 0.02; done
+         (setsid sh -c 'echo $$ > $1/escaped; exec sleep 60' sh $1 &); until [ -s $1/escaped ]; do sleep 0.02; done
+         kill -9 $PPID; sleep 60",
+    );
+    let bench = bench.guarded(Mode::Subreaper);
+    let go = bench.path("go");
+    let mut bystander = None;
+    let seen = bench
+        .run_and(|_, _| {
+            bystander = Some(Bystander::start());
+            fs::write(&go, "").expect("write");
+        })
+        .await;
+    assert_eq!((seen.outcome.verdict, seen.reason()), (Verdict::Stale, "guard_lost"), "{}", seen.error());
+    assert!(!bench.is_alive("escaped") && seen.took < SOON);
+    assert!(bystander.expect("the command spoke").lived(), "it was taken for an orphan");
+}
+
+#[tokio::test]
+async fn a_guard_that_may_make_no_namespace_is_a_subreaper() {
+    if !is_root() {
+        return skipped("only root can take the right to make namespaces away");
+    }
+    if !has_namespaces().await {
+        return;
+    }
+    let mut bench = shell(
+        "(setsid sh -c 'echo $$ > $1/escaped; exec sleep 60' sh $1 &); until [ -s $1/escaped ]; do sleep 0.02; done
+         echo $PPID",
+    );
+    let guard = format!("#!/bin/sh\nexec setpriv --bounding-set -sys_admin {GUARD} \"$@\"\n");
+    bench.guarding.program = bench.file("guard", guard.as_bytes(), 0o755).into();
+    let seen = bench.run().await;
+    assert!(seen.succeeded(), "{} {}", seen.error(), seen.text(Stream::Stderr));
+    assert_ne!(seen.text(Stream::Stdout), "1\n", "it has a namespace");
+    assert!(!bench.is_alive("escaped"));
 }

@@ -90,8 +90,7 @@ async fn another_account_has_its_groups_its_home_and_its_own_rights() {
 #[tokio::test]
 async fn processes_of_an_account_are_limited() {
     if !is_root() {
-        eprintln!("SKIPPED: only root can run a command under an account that nothing else runs under");
-        return;
+        return skipped("only root can run a command under an account that nothing else runs under");
     }
     // More at once than the limit, whatever else runs as nobody.
     let mut bench = shell("for n in $(seq 200); do sleep 5 & done; echo started");
@@ -107,8 +106,7 @@ async fn processes_of_an_account_are_limited() {
 #[tokio::test]
 async fn everything_of_another_account_is_killed_too() {
     if !is_root() {
-        eprintln!("SKIPPED: only root can run a command under another account");
-        return;
+        return skipped("only root can run a command under another account");
     }
     for mode in [Mode::Auto, Mode::Subreaper] {
         let mut bench = shell(
@@ -178,10 +176,6 @@ async fn nothing_is_started_past_the_end_of_the_lease_and_what_runs_is_ended_by_
         assert_eq!((seen.outcome.verdict, seen.reason()), (Verdict::Stale, "worker_lost"), "{mode}");
         assert!(seen.took < Duration::from_millis(500) + GRACE + Duration::from_secs(1) && !bench.is_alive("pid"));
     }
-}
-
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
 }
 
 /// User, group and home of nobody.

@@ -20,6 +20,7 @@ use singletrack::executor::command::{Guarding, Invocation, Limits, run};
 
 use crate::support::process::GUARD;
 use crate::support::scratch::find;
+use crate::support::skipped;
 
 const GRACE: Duration = Duration::from_millis(200);
 /// For what must happen at once, on a machine that does other things too.
@@ -170,6 +171,19 @@ impl Seen {
     fn failed(&self) -> bool {
         matches!(self.outcome.verdict, Verdict::Failed)
     }
+}
+
+fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// Whether a guard may make namespaces here. Where it may not, what needs them is skipped.
+async fn has_namespaces() -> bool {
+    let has = shell("echo $PPID").run().await.text(Stream::Stdout) == "1\n";
+    if !has {
+        skipped("PID namespaces are not allowed here");
+    }
+    has
 }
 
 mod ending;

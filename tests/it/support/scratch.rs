@@ -48,7 +48,7 @@ impl Scratch {
     }
 
     /// The process that wrote its id, and a newline, to this file, once it has; where it is gone, an id that no process has.
-    /// Commands that run at once in one folder may have one id, each in its namespace: they need a folder each.
+    /// Commands that run at once need a folder each: each in its namespace, they all may have the same id.
     pub async fn pid(&self, name: &str) -> Pid {
         let own = eventually(&format!("a process id in {name}"), Duration::from_secs(30), || async {
             self.read(name).strip_suffix('\n')?.parse().ok()
@@ -66,8 +66,7 @@ pub fn inside(folder: &Path) -> Vec<Pid> {
     inside.filter_map(|process| Pid::from_raw(process.file_name()?.to_str()?.parse().ok()?)).collect()
 }
 
-/// The process that is in `folder` and has this id in its own PID namespace, the youngest of several; not when it is a mere
-/// zombie.
+/// The process that is in `folder` and has this id in its own PID namespace; not when it is a mere zombie.
 pub fn find(own: i32, folder: &Path) -> Option<Pid> {
     let called = inside(folder).into_iter().map(|pid| PathBuf::from(format!("/proc/{}", pid.as_raw_nonzero())));
     let called = called.filter(|process| {
@@ -75,12 +74,9 @@ pub fn find(own: i32, folder: &Path) -> Option<Pid> {
         let ids = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
         ids.and_then(|ids| ids.split_whitespace().last()) == Some(&own.to_string())
     });
-    let started = |process: &PathBuf| -> Option<u64> {
-        let stat = fs::read_to_string(process.join("stat")).ok()?;
-        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
-    };
-    let found = called.max_by_key(started)?;
-    Pid::from_raw(found.file_name()?.to_str()?.parse().ok()?)
+    let found: Vec<PathBuf> = called.collect();
+    assert!(found.len() < 2, "any of {found:?} may be {own}: commands that run at once need a folder each");
+    Pid::from_raw(found.first()?.file_name()?.to_str()?.parse().ok()?)
 }
 
 /// Whether a process is there and not a mere zombie.
