@@ -65,7 +65,8 @@ fn every_operation_says_what_it_is_and_what_it_will_need() {
             Some(scope) => assert!(["read", "enqueue", "work", "admin"].contains(&scope), "{method} {path}: {scope}"),
         }
         for (status, response) in operation["responses"].as_object().unwrap() {
-            assert_ne!(response["description"], "", "{method} {path} {status}: description");
+            let meaning = response["description"].as_str().unwrap_or_default(); // OpenAPI asks for one
+            assert!(!meaning.is_empty(), "{method} {path} {status}: description");
         }
         for parameter in operation["parameters"].as_array().into_iter().flatten() {
             assert!(parameter["description"].is_string(), "{method} {path}: {parameter}");
