@@ -13,7 +13,7 @@ use crate::support::database::TestDb;
 use crate::support::process::{GUARD, Process, SHORT_LEASE, singletrack};
 use crate::support::proxy::Proxy;
 use crate::support::replica::{Answer, Client, Replica, short_lease};
-use crate::support::{plant, skipped};
+use crate::support::{not_allowed, plant};
 
 /// One request to each kind of route: method, path, body.
 fn requests(run: &str) -> Vec<(Method, String, &'static str)> {
@@ -212,7 +212,7 @@ fn a_password_is_printed_nowhere() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_can_not_read_the_services_secrets_under_the_same_account() {
     if !geteuid().is_root() {
-        return skipped("only root can start a replica under an account of no rights");
+        return not_allowed("only root can start a replica under an account of no rights");
     }
     let (test, account) = (TestDb::new().await, 65534);
     // The database's own socket is closed to it.

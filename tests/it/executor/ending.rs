@@ -255,7 +255,7 @@ async fn what_a_dead_guard_leaves_behind_is_killed_and_no_other_child_of_this_pr
 #[tokio::test]
 async fn a_guard_that_may_make_no_namespace_is_a_subreaper() {
     if !is_root() {
-        return skipped("only root can take the right to make namespaces away");
+        return not_allowed("only root can take the right to make namespaces away");
     }
     if !has_namespaces().await {
         return;

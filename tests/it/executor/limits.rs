@@ -90,7 +90,7 @@ async fn another_account_has_its_groups_its_home_and_its_own_rights() {
 #[tokio::test]
 async fn processes_of_an_account_are_limited() {
     if !is_root() {
-        return skipped("only root can run a command under an account that nothing else runs under");
+        return not_allowed("only root can run a command under an account that nothing else runs under");
     }
     // More at once than the limit, whatever else runs as nobody.
     let mut bench = shell("for n in $(seq 200); do sleep 5 & done; echo started");
@@ -106,7 +106,7 @@ async fn processes_of_an_account_are_limited() {
 #[tokio::test]
 async fn everything_of_another_account_is_killed_too() {
     if !is_root() {
-        return skipped("only root can run a command under another account");
+        return not_allowed("only root can run a command under another account");
     }
     for mode in [Mode::Auto, Mode::Subreaper] {
         let mut bench = shell(

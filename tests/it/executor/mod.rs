@@ -18,9 +18,9 @@ use singletrack::executor::boottime::Boottime;
 use singletrack::executor::command::guard::Mode;
 use singletrack::executor::command::{Guarding, Invocation, Limits, run};
 
+use crate::support::not_allowed;
 use crate::support::process::GUARD;
 use crate::support::scratch::find;
-use crate::support::skipped;
 
 const GRACE: Duration = Duration::from_millis(200);
 /// For what must happen at once, on a machine that does other things too.
@@ -177,11 +177,11 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// Whether a guard may make namespaces here. Where it may not, what needs them is skipped.
+/// Whether a guard may make namespaces here. Where it may not, what needs them is not_allowed.
 async fn has_namespaces() -> bool {
     let has = shell("echo $PPID").run().await.text(Stream::Stdout) == "1\n";
     if !has {
-        skipped("PID namespaces are not allowed here");
+        not_allowed("PID namespaces are not allowed here");
     }
     has
 }

@@ -22,6 +22,12 @@ pub fn skipped(why: &str) {
     std::io::stderr().write_all(format!("SKIPPED: {why}\n").as_bytes()).unwrap();
 }
 
+/// Says that this account, or this kernel, does not allow what a test is about. That is no failure in CI either: the suite is
+/// for root and for an ordinary user, and each is promised what it can have.
+pub fn not_allowed(why: &str) {
+    std::io::stderr().write_all(format!("SKIPPED: {why}\n").as_bytes()).unwrap();
+}
+
 /// Waits until `condition` gives something. The limit is for a promise that is broken: no test is slow because of it.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(
     what: &str,
