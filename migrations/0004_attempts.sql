@@ -1,5 +1,7 @@
 -- Several attempts per run, claims over HTTP, leases handed over to an http target, cancelling by the API.
--- Safe beside a replica of the version before: it inserts and settles without these columns, which is one attempt.
+-- Safe beside a replica of the version before: it inserts and settles without these columns, which is one attempt. Its
+-- reaper does not know held_until, nor unconfirmed leases, and ends such runs as stale: until the last of them is gone, a run
+-- of an http target that answered 202, or of a pull worker, may end early; never do two of one workflow run.
 
 alter table workflow_revisions
     add column max_attempts integer not null default 1,

@@ -43,7 +43,8 @@ pub struct Claimed {
 /// Takes due runs, highest priority first. Runs that somebody else has locked are passed over, not waited for.
 ///
 /// A worker that repeats a claim under its `claim_id` gets what it took under that id before and has not settled since, and
-/// nothing besides; so it does when the two are under way at once.
+/// nothing besides. Of two that are under way at once one takes runs; the other gets them too, or nothing when it looked
+/// before the first was committed.
 pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<Vec<Claimed>> {
     let Some(claim_id) = claim.claim_id else { return take(connection, claim).await };
     if let Some(taken) = taken_before(connection, claim.worker, claim_id).await? {

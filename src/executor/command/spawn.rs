@@ -202,7 +202,8 @@ fn process(guarding: &Guarding, socket: Socket) -> Process {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let prepare = move || {
-        // Away from the service's terminal: whatever asks for a password there would be stopped, and wait for ever.
+        // Away from the service's terminal: whatever asks for a password there would be stopped, and wait for ever. And only
+        // within a session can a process change its group: nothing of a run can join the service's own.
         setsid()?;
         Ok(fcntl_setfd(socket.as_fd(), FdFlags::empty())?)
     };

@@ -1,5 +1,6 @@
 //! How a command ends, or is ended, and what is left of it.
 
+use rustix::process::{Pid, getpgrp, setpgid};
 use std::os::unix::process::CommandExt as _;
 
 use super::*;
@@ -187,6 +188,31 @@ async fn neither_command_nor_guard_is_left_as_a_zombie() {
         let pid = rustix::process::Pid::from_raw(pid.parse().expect("a number")).expect("not zero");
         assert!(rustix::process::test_kill_process(pid).is_err(), "{text}");
     }
+}
+
+/// No test: a program that hides from the worker where that does not look, in its own group.
+#[test]
+#[ignore = "a program that a test starts"]
+fn hide() {
+    let Some(group) = std::env::var("GROUP").ok().and_then(|group| Pid::from_raw(group.parse().ok()?)) else { return };
+    let _ = setpgid(None, Some(group));
+    fs::write("hidden", std::process::id().to_string()).expect("write");
+    fs::write("up", "").expect("write");
+    std::thread::sleep(SOON);
+}
+
+#[tokio::test]
+async fn nothing_hides_in_the_workers_own_group_from_the_death_of_its_guard() {
+    let (program, group) = (std::env::current_exe().expect("a path"), getpgrp().as_raw_nonzero());
+    let script = format!(
+        "(GROUP={group} {} --quiet --exact executor::ending::hide --ignored &); \
+         until [ -e up ]; do sleep 0.02; done; kill -9 $PPID; sleep 60",
+        program.display()
+    );
+    let bench = shell(&script).guarded(Mode::Subreaper);
+    let seen = bench.run().await;
+    assert_eq!(seen.reason(), "guard_lost", "{}", seen.error());
+    assert!(!bench.is_alive("hidden"));
 }
 
 #[tokio::test]
