@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
+use nix::sys::signal::SigSet;
 use singletrack::cli::{self, Cli};
 use singletrack::executor::command::guard;
 
@@ -10,6 +11,8 @@ fn main() -> ExitCode {
     if let Some(done) = guard::run_if_asked(std::env::args_os()) {
         return done;
     }
+    // Whoever started this may have blocked signals, and then nobody would hear of TERM. Before there are other threads.
+    let _ = SigSet::empty().thread_set_mask();
     match Cli::try_parse() {
         Ok(cli) => cli::run(cli),
         Err(answer) => {
