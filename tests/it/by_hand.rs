@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::support::database::TestDb;
 use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
-use crate::support::scratch::{Scratch, gone, is_alive};
+use crate::support::scratch::{Scratch, gone, inside, is_alive};
 
 /// For what happens at once, on a machine that does other things too.
 const SOON: Duration = Duration::from_secs(10);
@@ -119,11 +119,15 @@ async fn force_release_frees_the_slot_at_once_and_the_old_worker_counts_for_noth
 async fn a_run_that_is_queued_again_while_its_command_runs_is_run_anew_by_the_same_worker() {
     let (test, scratch) = (TestDb::new().await, Scratch::new());
     let replica = Replica::start(&test).await;
-    let script = "if [ ! -e first ]; then echo $$ > first; until [ -e never ]; do sleep 0.05; done; fi
+    // The first one leaves the folder, by which the processes of the two are told apart.
+    let script = "if [ ! -e first ]; then echo $$ > first; until [ -e seen ]; do sleep 0.05; done; cd /; \
+                  until [ -e never ]; do sleep 0.05; done; fi
                   echo $$ > second; until [ -e release ]; do sleep 0.05; done";
     scratch.define(&replica.client, "w", script).await;
     let id = replica.client.enqueue("w").await.run_id();
     let first = scratch.pid("first").await;
+    scratch.touch("seen");
+    eventually("it has left the folder", SOON, async || inside(&scratch.path(".")).is_empty().then_some(())).await;
 
     let again = "update test_runs
                  set status = 'queued', lease_secret = null, worker = null, started_at = null, attempt = 0,
