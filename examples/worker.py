@@ -238,6 +238,8 @@ def main():
     options.add_argument("--queue", action="append", metavar="NAME")
     options.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     given = options.parse_args()
+    if given.command[:1] == ["--"]:  # an argparse that keeps it would take it for the program
+        del given.command[0]
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     server, work = Server(given.url), command(given.command) if given.command else handle

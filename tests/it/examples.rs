@@ -35,6 +35,7 @@ impl Worker {
         let mut worker = Command::new(path);
         if example == "worker.py" {
             worker.args(["--workflow", workflow]);
+            worker.args((!command.is_empty()).then_some("--"));
         }
         let environment = [("SINGLETRACK_URL", client.base.as_str()), ("WORKFLOWS", workflow)];
         worker.args(command).envs(environment).env("FOLDER", scratch.path("")).env_remove("http_proxy");
