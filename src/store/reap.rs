@@ -111,7 +111,9 @@ pub async fn seal(connection: &mut PgConnection, seen_since: DateTime<Utc>, limi
             from overdue
             order by id
             on conflict (run_id) do update
-            set fence = excluded.fence
+            set fence = excluded.fence,
+                -- that of an attempt before is not this one's
+                held_until = case when l.fence >= (select o.fence from overdue o where o.id = l.run_id) then l.held_until end
             where l.heartbeat_at <= excluded.heartbeat_at -- else a renewal came in first
             returning run_id
         )

@@ -287,3 +287,22 @@ async fn a_hold_is_no_overdue_lease_and_one_that_nobody_ended_is() {
     assert_eq!(settle_one(&test.db, lease, Verdict::Failed).await, Settled::Recorded(Status::Failed));
     test.check().await;
 }
+
+#[tokio::test]
+async fn a_run_that_is_found_silent_twice_is_not_judged_by_what_was_taken_over_in_an_attempt_before() {
+    let test = TestDb::new().await;
+    let lease = plant::overdue(&test, "w", 1).await;
+    sqlx::query(
+        "insert into run_leases (run_id, fence, heartbeat_at, held_until)
+         values ($1, $2, now() - interval '3 h', now() - interval '2 h')",
+    )
+    .bind(lease.run_id)
+    .bind(lease.fence - 1)
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    // The second time because what the first one found could not be settled.
+    for _ in 0..2 {
+        assert_eq!(sealed(&test).await, [by_reaper(lease, Cause::Silent)]);
+    }
+}
