@@ -13,8 +13,7 @@
 //!    the replica's free capacity, with a new fence and a secret. Together they are the [`domain::Lease`].
 //! 3. One attempt (`engine/attempt.rs`) has an [`executor`] do the work and stores the log: a command behind its guard, a
 //!    request, or a handler of the program this is embedded in. [`engine::heartbeat`] renews the lease in `run_leases`, on a
-//!    connection of its own. Runs for pull workers, and runs that an http target has taken over, are claimed, renewed and
-//!    finished over HTTP instead (`api/leases.rs`), by the same functions of the store.
+//!    connection of its own.
 //! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`]): the run becomes final and the slot is
 //!    free, or it is queued for its next attempt and keeps the slot; attempt and event are written by the same statement.
 //!    What an end comes to is one table, [`domain::status`].
@@ -26,6 +25,7 @@
 //! A run of the executor `pull` goes the same way, with a worker somewhere else in steps 2 to 4: it claims over HTTP, sends its
 //! heartbeats, and settles under the lease that its token names (`api/claims.rs`, `api/leases.rs`; `examples/` has two such
 //! workers). Its first heartbeat confirms the lease; without that the reaper gives the run back.
+//! A run that an http target took over (202) is finished over the same routes; `run_leases.held_until` says by when.
 //!
 //! # A worker in your own program
 //!

@@ -14,6 +14,7 @@ use super::extract::Json;
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
 use crate::domain::object::objects;
+use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
 use crate::store::claim::{self, Renewal};
 use crate::store::logs::{self, Bound, LAST_SEQ};
@@ -23,8 +24,6 @@ use crate::store::settle::{Settled, settle};
 pub(super) const TAG: &str = "workers";
 /// Leases in one request.
 const MOST_LEASES: usize = 1000;
-/// Longest progress, in bytes.
-const PROGRESS_BYTES: usize = 16 << 10;
 /// Longest error, in bytes.
 const ERROR_BYTES: usize = 4 << 10;
 /// Longest piece of log, in bytes.

@@ -177,6 +177,9 @@ pub struct LogChunk {
     pub text: String,
 }
 
+/// Longest progress a worker may tell, in bytes of JSON: each renewal writes it anew.
+pub const PROGRESS_BYTES: usize = 16 << 10;
+
 /// Why a worker ends an attempt before its command ended by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StopCause {

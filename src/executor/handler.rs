@@ -32,14 +32,13 @@ use tracing::Instrument as _;
 use super::log::Log;
 use super::output::storable;
 use super::stop::{Stop, stopped};
+use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{LogChunk, Outcome, Run, StopCause, Stream, Verdict, WorkflowId};
 
 /// Pieces of log that may wait; then [`Context::log`] waits.
 const LOG_BACKLOG: usize = 64;
 /// Longest piece of log, in bytes.
 const LOG_PIECE: usize = 16 * 1024;
-/// Longest progress, in bytes of JSON.
-const PROGRESS_BYTES: usize = 16 * 1024;
 /// Longest error that is kept, in bytes.
 const ERROR_BYTES: usize = 4 * 1024;
 /// How long the rest of the log may take once the handler is over.
