@@ -74,7 +74,7 @@ async fn main() -> anyhow::Result<()> {
     db.with(async |connection| workflows::put(connection, &workflow, &definition, "example").await).await?;
     let input = Some(json!({"tables": ["orders", "customers"]}));
     let request = Request { input, ..Request::new(workflow.clone(), "example") };
-    let answers = db.with(async |connection| enqueue(connection, std::slice::from_ref(&request), false).await).await?;
+    let answers = db.with(async |connection| enqueue(connection, &[&request], false).await).await?;
     match answers.first() {
         Some(Enqueued::Accepted(run)) => println!("started {}", run.id),
         Some(Enqueued::SlotTaken(holder)) => println!("already in progress: {}", holder.run_id),

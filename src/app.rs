@@ -145,6 +145,7 @@ pub async fn run(
                 log_bytes: config.worker.log_bytes,
                 output_bytes: config.worker.output_bytes,
             },
+            config.idempotency_ttl,
         )),
     };
     let router = match role {

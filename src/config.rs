@@ -66,6 +66,9 @@ pub struct Settings {
     /// Longest an attempt may take, unless its workflow says otherwise, in whole seconds. [default: 10m]
     #[arg(long, env = "SINGLETRACK_RUN_TIMEOUT", value_name = "DURATION")]
     pub run_timeout: Option<String>,
+    /// How long an accepted answer is kept under its Idempotency-Key. [default: 24h]
+    #[arg(long, env = "SINGLETRACK_IDEMPOTENCY_TTL", value_name = "DURATION")]
+    pub idempotency_ttl: Option<String>,
     /// Longest a queued run may stay unstarted, unless its workflow says otherwise, in whole seconds. [default: 1h]
     #[arg(long, env = "SINGLETRACK_START_WITHIN", value_name = "DURATION")]
     pub start_within: Option<String>,
@@ -114,6 +117,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// How others reach it; `None`: the address listened on.
     pub public_url: Option<String>,
+    /// How long an accepted answer is kept under its idempotency key.
+    pub idempotency_ttl: Duration,
     /// Where `dev` keeps its data.
     pub data_dir: PathBuf,
     /// Where `dev` finds Postgres; `None`: it looks for it.
@@ -313,6 +318,7 @@ impl Settings {
                 _ => Err(format!("`{text}` is neither auto nor off")),
             }),
             listen: read.take("SINGLETRACK_LISTEN", &self.listen, SocketAddr::from(([127, 0, 0, 1], 7410)), listen),
+            idempotency_ttl: read.duration("SINGLETRACK_IDEMPOTENCY_TTL", &self.idempotency_ttl, "24h"),
             public_url: read.take("SINGLETRACK_PUBLIC_URL", &self.public_url, None, |text| public_url(text).map(Some)),
             data_dir: read.take("SINGLETRACK_DATA_DIR", &self.data_dir, ".singletrack".into(), |text| Ok(text.into())),
             pg_bin: read.take("SINGLETRACK_PG_BIN", &self.pg_bin, None, |text| Ok(Some(text.into()))),
@@ -440,6 +446,7 @@ impl fmt::Display for Config {
         writeln!(out, "SINGLETRACK_KILL_GRACE={}", time(worker.kill_grace))?;
         writeln!(out, "SINGLETRACK_GUARD={}", worker.guarding.mode)?;
         writeln!(out, "SINGLETRACK_RUN_TIMEOUT={}", time(worker.run_timeout))?;
+        writeln!(out, "SINGLETRACK_IDEMPOTENCY_TTL={}", time(self.idempotency_ttl))?;
         writeln!(out, "SINGLETRACK_START_WITHIN={}", time(reaper.start_within))?;
         writeln!(out, "SINGLETRACK_REAP_INTERVAL={}", time(reaper.interval))?;
         writeln!(out, "SINGLETRACK_DRAIN_TIMEOUT={}", time(worker.drain_timeout))?;

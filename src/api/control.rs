@@ -4,9 +4,10 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 
+use super::enqueue::start;
 use super::extract::{Actor, Id, Nothing, refuse_headers};
 use super::problem::Problem;
-use super::runs::{RunId, accepted, read, start};
+use super::runs::{RunId, read};
 use super::{Api, run_path, to_its_end};
 use crate::domain::{Run, Status};
 use crate::store::control::{self, Cancelled};
@@ -78,5 +79,5 @@ pub(super) async fn rerun(
     let repeated = read(&api.db, id).await?;
     let workflow_id = repeated.workflow_id.parse().map_err(Problem::internal)?;
     let request = Request { rerun_of: Some(id), ..Request::new(workflow_id, requested_by) };
-    Ok(accepted(start(&api, request).await?))
+    Ok(start(&api, request).await?.into_response())
 }

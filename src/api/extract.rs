@@ -9,12 +9,14 @@ use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::Response;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
-use super::problem::{Place, Problem};
+use super::enqueue::{KEY_FORM, is_key};
+use super::problem::{Mistake, Place, Problem};
 use crate::domain::text::{escaped, pointer_to_nul};
 
 /// A body of JSON. An empty body with the right content type is `{}`.
@@ -85,6 +87,11 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         // Else its entries would be taken for the fields in their order.
         return Err(in_body(String::new(), "must be a JSON object".into()));
     }
+    read_value(value, "").map_err(|mistake| Problem::invalid(vec![mistake]))
+}
+
+/// What a part of a body says; `at` is the JSON pointer to that part.
+pub(super) fn read_value<T: DeserializeOwned>(value: serde_json::Value, at: &str) -> Result<T, Mistake> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let mut pointer: String = error.path().iter().map(reference).collect();
         let detail = error.inner().to_string();
@@ -95,7 +102,7 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         {
             pointer.push_str(&step);
         }
-        in_body(pointer, in_words(&detail))
+        Mistake { place: Place::Pointer(format!("{at}{pointer}")), detail: in_words(&detail) }
     })
 }
 
@@ -234,6 +241,26 @@ pub(super) fn refuse_headers(headers: &HeaderMap, names: &[&str]) -> Result<(), 
             "is not supported by this version for this call: leave it out",
         )),
     }
+}
+
+/// The key under which a repetition of this request is known, where there is one.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    const HEADER: &str = "Idempotency-Key";
+    let mut keys = headers.get_all(HEADER).iter().map(|key| std::str::from_utf8(key.as_bytes()).unwrap_or_default());
+    match (keys.next(), keys.next()) {
+        (None, _) => Ok(None),
+        (Some(key), None) if is_key(key) => Ok(Some(key.to_owned())),
+        (Some(_), None) => Err(Problem::invalid_at(Place::Header(HEADER.into()), KEY_FORM)),
+        (Some(_), Some(_)) => Err(Problem::invalid_at(Place::Header(HEADER.into()), "is given more than once")),
+    }
+}
+
+/// Says in an answer that it may have been held for so long.
+pub(super) fn apply_wait(mut response: Response, wait: Duration) -> Response {
+    if let Ok(applied) = HeaderValue::try_from(format!("wait={}", wait.as_secs())) {
+        response.headers_mut().insert("preference-applied", applied);
+    }
+    response
 }
 
 /// The seconds of `Prefer: wait=N` (RFC 7240), at most `longest`.

@@ -73,7 +73,13 @@ mod tests {
 
     fn facts() -> Facts {
         let public_url = Some("https://runs.example.com/x".into());
-        Facts::new(([127, 0, 0, 1], 7410).into(), public_url, Default::default(), Default::default())
+        Facts::new(
+            ([127, 0, 0, 1], 7410).into(),
+            public_url,
+            Default::default(),
+            Default::default(),
+            Default::default(),
+        )
     }
 
     #[test]

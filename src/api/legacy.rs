@@ -10,10 +10,11 @@ use axum::response::{IntoResponse as _, Response};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::Api;
+use super::enqueue::{Started, start as start_run};
 use super::extract::{Actor, is_json};
 use super::problem::Problem;
-use super::{Api, runs};
-use crate::domain::{Run, WorkflowId};
+use crate::domain::{OnConflict, Run, WorkflowId};
 use crate::store;
 use crate::store::enqueue::Request;
 use crate::store::{Db, logs};
@@ -31,7 +32,7 @@ pub(super) struct Start {
 /// The answer to a start that took the slot.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "camelCase")]
-pub(super) struct Started {
+pub(super) struct TestRun {
     /// Always true.
     success: bool,
     /// `Test run started`.
@@ -49,9 +50,9 @@ pub(super) struct Refusal {
     /// What it is about this time.
     #[serde(skip_serializing_if = "Option::is_none")]
     message: Option<String>,
-    /// With 409: the run in progress.
+    /// With 409: the run in progress; empty where the workflow is paused.
     #[serde(skip_serializing_if = "Option::is_none")]
-    script_run_id: Option<Uuid>,
+    script_run_id: Option<String>,
 }
 
 impl Refusal {
@@ -67,7 +68,7 @@ impl Refusal {
     post, path = "/api/workflow/test-run", operation_id = "start_test_run",
     tag = TAG, security((), ("api_key" = ["enqueue"])),
     request_body = Start,
-    responses((status = 202, body = Started), (status = 400, body = Refusal, description = "`workflow_id` is missing"),
+    responses((status = 202, body = TestRun), (status = 400, body = Refusal, description = "`workflow_id` is missing"),
               (status = 404, body = Refusal, description = "No such workflow"),
               (status = 409, body = Refusal, description = "`scriptRunId` is in progress"),
               (status = 500, body = Refusal, description = "It failed, and its log has the cause"), (status = 503, body = Refusal, description = "The database is away")))]
@@ -89,10 +90,10 @@ pub(super) async fn start(
     };
     // That server knew no such header: one that can't be read is no reason to refuse.
     let requested_by = actor.map_or_else(|_| "unknown".to_owned(), |Actor(name)| name);
-    let request = Request::new(workflow_id, requested_by);
-    match runs::start(&api, request).await {
-        Ok(run) => {
-            let started = Started { success: true, message: "Test run started", script_run_id: run.id };
+    let request = Request { on_conflict: Some(OnConflict::Reject), ..Request::new(workflow_id, requested_by) };
+    match start_run(&api, request).await {
+        Ok(Started::Accepted(run) | Started::Existing(run)) => {
+            let started = TestRun { success: true, message: "Test run started", script_run_id: run.id };
             (StatusCode::ACCEPTED, Json(started)).into_response()
         }
         Err(problem) => refuse(problem),
@@ -107,7 +108,8 @@ fn refuse(problem: Problem) -> Response {
             Refusal {
                 error: "Test run already in progress",
                 message: Some(problem.line()),
-                script_run_id: problem.run_id(),
+                // A pause has none: empty, which that server's clients can read.
+                script_run_id: Some(problem.run_id().map(|id| id.to_string()).unwrap_or_default()),
             },
         ),
         status => {

@@ -2,6 +2,7 @@
 
 mod claims;
 mod control;
+mod enqueue;
 mod extract;
 mod guard;
 mod health;
@@ -39,6 +40,8 @@ pub use openapi::document;
 
 /// Longest body of a request, in bytes.
 pub const BODY_LIMIT: usize = 1 << 20;
+/// Longest body of a batch of runs.
+const BATCH_LIMIT: usize = 32 << 20;
 /// Requests of a kind that may wait at once, for a run's end or for a run to claim; those beyond are answered without waiting.
 const WAITERS: usize = 1000;
 
@@ -68,6 +71,8 @@ pub struct Facts {
     pub shortest_heartbeat_timeout: Duration,
     /// What holds for workers that claim over HTTP.
     pub terms: Terms,
+    /// How long an accepted answer is kept under its idempotency key.
+    pub idempotency_ttl: Duration,
     /// Places for requests that wait for a run's end.
     pub waiters: Semaphore,
     /// Places for requests that wait for a run to claim.
@@ -96,9 +101,10 @@ impl Facts {
         public_url: Option<String>,
         shortest_heartbeat_timeout: Duration,
         terms: Terms,
+        idempotency_ttl: Duration,
     ) -> Self {
         let [waiters, claimants] = [Semaphore::new(WAITERS), Semaphore::new(WAITERS)];
-        Self { listen, public_url, shortest_heartbeat_timeout, terms, waiters, claimants }
+        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants }
     }
 }
 
@@ -126,7 +132,8 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(routes!(workflows::get, workflows::put, workflows::delete))
         .routes(routes!(workflows::revisions))
         // whoever starts runs
-        .routes(routes!(runs::enqueue))
+        .routes(routes!(enqueue::enqueue))
+        .merge(OpenApiRouter::new().routes(routes!(enqueue::batch)).layer(DefaultBodyLimit::max(BATCH_LIMIT)))
         .routes(routes!(control::cancel))
         .routes(routes!(control::rerun))
         // whoever looks at them

@@ -5,10 +5,11 @@ use std::any::Any;
 use axum::body::Body;
 use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse;
+use chrono::Utc;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::domain::{Holder, Status, WorkflowId};
+use crate::domain::{Holder, Pause, Status, WorkflowId};
 use crate::store;
 
 /// What `type` begins with; the cause follows.
@@ -21,11 +22,13 @@ const TYPE: &str = "urn:singletrack:problem:";
     "title": "Another run of this workflow is in progress",
     "status": 409,
     "run_id": "0198c5a0-5a1e-7c5e-9d3c-3f6d2a1b4c5d",
-    "holder": {"status": "running", "reason": null, "created_at": "2026-11-22T10:00:00Z",
-               "started_at": "2026-11-22T10:00:01Z", "heartbeat_age_seconds": 3.2, "progress": null, "requested_by": "ci"}
+    "holder": {"status": "running", "reason": null, "created_at": "2026-11-22T10:00:00Z", "available_at": null,
+               "started_at": "2026-11-22T10:00:01Z", "heartbeat_age_seconds": 3.2, "progress": {"percent": 40},
+               "expected_end_at": "2026-11-22T10:05:00Z", "requested_by": "ci"}
 }))]
 pub(super) struct Problem {
-    /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
+    /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-paused`, `too-many-waiting`,
+    /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
     /// `host-not-allowed`, `origin-not-allowed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
@@ -48,9 +51,12 @@ pub(super) struct Problem {
     /// it, or repeat the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     run_id: Option<Uuid>,
-    /// With `slot-taken`: what the run that holds the slot is doing.
+    /// With `slot-taken` and `too-many-waiting`: what the run that holds the slot is doing.
     #[serde(skip_serializing_if = "Option::is_none")]
-    holder: Option<Box<Holder>>,
+    pub(super) holder: Option<Box<Holder>>,
+    /// With `workflow-paused`: who paused it, when and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pause: Option<Box<Pause>>,
     /// In seconds.
     #[serde(skip)]
     retry_after: Option<u16>,
@@ -99,6 +105,7 @@ impl Problem {
             errors: Vec::new(),
             run_id: None,
             holder: None,
+            pause: None,
             retry_after: None,
             for_the_log: None,
         }
@@ -111,9 +118,52 @@ impl Problem {
     pub(super) fn slot_taken(holder: Holder) -> Self {
         Self {
             run_id: Some(holder.run_id),
+            retry_after: Some(retry_after(&holder)),
             holder: Some(Box::new(holder)),
-            retry_after: Some(5),
             ..Self::new(StatusCode::CONFLICT, "slot-taken", "Another run of this workflow is in progress")
+        }
+    }
+
+    pub(super) fn workflow_paused(pause: Pause) -> Self {
+        let detail = format!("`{}` is paused: resume it, or enqueue with on_conflict `wait`.", pause.name);
+        Self {
+            pause: Some(Box::new(pause)),
+            ..Self::new(StatusCode::CONFLICT, "workflow-paused", "The workflow is paused").with_detail(detail)
+        }
+    }
+
+    pub(super) fn too_many_waiting(holder: Option<Holder>) -> Self {
+        let detail = "As many runs as its `max_waiting` says wait for the slot already: nothing was enqueued.";
+        Self {
+            run_id: holder.as_ref().map(|holder| holder.run_id),
+            retry_after: Some(holder.as_ref().map_or(RETRY, retry_after)),
+            holder: holder.map(Box::new),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, "too-many-waiting", "Too many runs wait for this workflow")
+                .with_detail(detail)
+        }
+    }
+
+    pub(super) fn key_reused(run_id: Uuid) -> Self {
+        Self {
+            run_id: Some(run_id),
+            ..Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "idempotency-key-reused",
+                "The idempotency key was used for another request",
+            )
+            .with_detail("That request became `run_id`. Use another key for another request.")
+        }
+    }
+
+    pub(super) fn key_in_flight() -> Self {
+        Self {
+            retry_after: Some(1),
+            ..Self::new(
+                StatusCode::CONFLICT,
+                "idempotency-in-flight",
+                "A request with the same idempotency key is under way",
+            )
+            .with_detail("Nothing was enqueued by this one. Repeat it for that one's answer.")
         }
     }
 
@@ -233,15 +283,13 @@ impl Problem {
         }
     }
 
-    /// The answer to an enqueue whose outcome stayed unknown.
-    pub(super) fn outcome_unknown(error: &store::Error, run_id: Uuid) -> Self {
-        Self {
-            run_id: Some(run_id),
-            detail: Some(
-                "The run may have been enqueued all the same: ask for it by run_id, or repeat the request.".into(),
-            ),
-            ..Self::unavailable(error)
+    /// The answer to an enqueue that failed.
+    pub(super) fn of_enqueue(error: &store::Error, run_id: Uuid) -> Self {
+        if !error.outcome_unknown() {
+            return error.into();
         }
+        let detail = "The run may have been enqueued all the same: ask for it by run_id, or repeat the request.";
+        Self { run_id: Some(run_id), detail: Some(detail.into()), ..Self::unavailable(error) }
     }
 
     /// The answer to a claim whose outcome stayed unknown.
@@ -305,16 +353,32 @@ impl Place {
     }
 }
 
-impl From<store::Error> for Problem {
-    fn from(error: store::Error) -> Self {
+impl From<&store::Error> for Problem {
+    fn from(error: &store::Error) -> Self {
         if error.is_passing() {
-            Self::unavailable(&error)
+            Self::unavailable(error)
         } else if error.is_bad_value() {
             Self::invalid(Vec::new()).with_detail("A value is out of the range that the database can hold.")
         } else {
             Self::internal(error.to_string())
         }
     }
+}
+
+impl From<store::Error> for Problem {
+    fn from(error: store::Error) -> Self {
+        Self::from(&error)
+    }
+}
+
+/// Seconds after which it is worth asking again, where nothing better is known.
+const RETRY: u16 = 5;
+
+/// When it is worth asking again: when the holder may be over, but not in more than a minute.
+fn retry_after(holder: &Holder) -> u16 {
+    let Some(at) = holder.expected_end_at.or(holder.available_at) else { return RETRY };
+    let seconds = (at - Utc::now()).num_seconds().clamp(0, 60) as u16;
+    if seconds == 0 { RETRY } else { seconds }
 }
 
 impl IntoResponse for Problem {

@@ -1,148 +1,29 @@
-//! Enqueueing and reading runs.
+//! Reading runs.
 
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::HeaderMap;
 use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Datelike as _, Utc};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::extract::{Actor, Id, Json, Params, preferred_wait, refuse_headers};
+use super::Api;
+use super::extract::{Id, Params, apply_wait, preferred_wait};
 use super::page::{Page, Wanted};
-use super::problem::{Mistake, Place, Problem};
-use super::{Api, run_path, to_its_end};
-use crate::domain::retry::check_max_attempts;
-use crate::domain::workflow::{check_labels, check_priority};
+use super::problem::{Place, Problem};
 use crate::domain::{Run, Status, Stream, WorkflowId};
-use crate::store::enqueue::{Enqueued, Request, enqueue as enqueue_all};
+use crate::store::Db;
 use crate::store::logs::{self, LogEntry};
 use crate::store::runs::{self, Attempt, Filter, RunEvent};
-use crate::store::{self, Db};
 
 const TAG: &str = "runs";
 /// Longest time a request waits for a run's end.
-const LONGEST_WAIT: Duration = Duration::from_secs(60);
-/// How often an enqueue whose outcome is unknown is repeated.
-const REPEATS: usize = 3;
-
-/// What an enqueue may say.
-#[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct NewRun {
-    /// Handed to the run: any JSON.
-    #[serde(default)]
-    input: Option<serde_json::Value>,
-    /// Its priority, where it is not the workflow's: -100 to 100, higher first.
-    #[serde(default)]
-    #[schema(minimum = -100, maximum = 100)]
-    priority: Option<i16>,
-    /// Labels on top of the workflow's.
-    #[serde(default)]
-    labels: BTreeMap<String, String>,
-    /// How many attempts it may have, where it is not the workflow's number: 1 to 1000.
-    #[serde(default)]
-    #[schema(minimum = 1, maximum = 1000)]
-    max_attempts: Option<i32>,
-}
-
-impl NewRun {
-    fn check(&self) -> Result<(), Problem> {
-        let checks = [
-            ("/priority", self.priority.map_or(Ok(()), check_priority)),
-            ("/labels", check_labels(&self.labels)),
-            ("/max_attempts", self.max_attempts.map_or(Ok(()), check_max_attempts)),
-        ];
-        let errors: Vec<Mistake> = checks
-            .into_iter()
-            .filter_map(|(pointer, check)| {
-                Some(Mistake { place: Place::Pointer(pointer.into()), detail: check.err()? })
-            })
-            .collect();
-        if errors.is_empty() { Ok(()) } else { Err(Problem::invalid(errors)) }
-    }
-}
-
-/// Enqueue a run
-///
-/// Takes the workflow's slot and answers 202 with the run, or 409 with the id of the run that has it. 202 is given after
-/// the commit. After 503 with a `run_id` the run may be there all the same.
-#[utoipa::path(
-    post, path = "/api/v1/workflows/{id}/runs", operation_id = "enqueue_run",
-    tag = TAG, security((), ("api_key" = ["enqueue"])),
-    params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
-           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
-    request_body = NewRun,
-    responses((status = 202, body = Run, headers(("Location" = String, description = "Where the run is read"))),
-              (status = 400, body = Problem), (status = 404, body = Problem),
-              (status = 409, body = Problem, description = "`slot-taken`, with `run_id` and `holder`",
-               headers(("Location" = String, description = "Where the holder is read"),
-                       ("Retry-After" = u64, description = "Seconds"))),
-              (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
-              (status = 503, body = Problem)))]
-pub(super) async fn enqueue(
-    State(api): State<Api>,
-    Id(workflow_id): Id<WorkflowId>,
-    Actor(requested_by): Actor,
-    headers: HeaderMap,
-    Json(new): Json<NewRun>,
-) -> Result<Response, Problem> {
-    refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
-    new.check()?;
-    let NewRun { input, priority, labels, max_attempts } = new;
-    let request = Request { input, priority, labels, max_attempts, ..Request::new(workflow_id, requested_by) };
-    Ok(accepted(start(&api, request).await?))
-}
-
-/// The answer to an enqueue that took the slot.
-pub(super) fn accepted(run: Run) -> Response {
-    (StatusCode::ACCEPTED, [(header::LOCATION, run_path(run.id))], axum::Json(run)).into_response()
-}
-
-/// Enqueues one run: the run that took the slot, or the problem to answer with.
-pub(super) async fn start(api: &Api, request: Request) -> Result<Run, Problem> {
-    let (db, id, workflow_id) = (api.db.clone(), request.id, request.workflow_id.clone());
-    let enqueued = to_its_end(async move { enqueue_surely(&db, request).await }).await?;
-    match enqueued {
-        Ok(Enqueued::Accepted(run)) => {
-            api.announce(&run);
-            tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, "enqueued");
-            Ok(run)
-        }
-        Ok(Enqueued::SlotTaken(holder)) => Err(Problem::slot_taken(holder)),
-        Ok(Enqueued::UnknownWorkflow) => Err(Problem::no_workflow(&workflow_id)),
-        Ok(Enqueued::Contended) => Err(Problem::contended()),
-        Err(error) if error.outcome_unknown() => Err(Problem::outcome_unknown(&error, id)),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// When a statement's outcome is unknown, the same insert is repeated on another connection: it finds the run under its
-/// id, or waits on the primary key for the lost statement, or takes the slot. Looking for the id alone would prove
-/// nothing, for the lost statement may still commit.
-async fn enqueue_surely(db: &Db, request: Request) -> Result<Enqueued, store::Error> {
-    let requests = [request];
-    let mut answer = db.with(async |connection| enqueue_all(connection, &requests, false).await).await;
-    for _ in 0..REPEATS {
-        match answer {
-            // Nothing changes what is unknown already, so a failure to connect leaves it unknown.
-            Err(lost) if lost.outcome_unknown() => {
-                sleep(Duration::from_millis(200)).await;
-                answer = match db.with(async |connection| enqueue_all(connection, &requests, true).await).await {
-                    Err(error) if error.is_passing() => Err(lost),
-                    repeated => repeated,
-                };
-            }
-            _ => break,
-        }
-    }
-    answer.map(|answers| answers.into_iter().next().unwrap_or(Enqueued::Contended))
-}
-
+pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A run's id in a path.
 pub(super) struct RunId(pub(super) Uuid);
 
@@ -275,15 +156,11 @@ pub(super) async fn get(
         return Ok(axum::Json(read(&api.db, id).await?).into_response());
     };
     let run = follow(&api, id, wait).await?;
-    let mut response = axum::Json(run).into_response();
-    if let Ok(applied) = HeaderValue::try_from(format!("wait={}", wait.as_secs())) {
-        response.headers_mut().insert("preference-applied", applied);
-    }
-    Ok(response)
+    Ok(apply_wait(axum::Json(run).into_response(), wait))
 }
 
 /// The run, as soon as it is final, or the time is over, or the replica stops.
-async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, Problem> {
+pub(super) async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, Problem> {
     let since = Instant::now();
     let mut pause = Duration::from_millis(50);
     loop {

@@ -29,8 +29,8 @@ pub struct Run {
     pub revision: i32,
     /// Where the run is in its life.
     pub status: Status,
-    /// Why, where the status alone does not say it: `expired`, `shutdown`, `timeout`, `unkillable`, `worker_lost`,
-    /// `requested`, `forced`, ...
+    /// Why, where the status alone does not say it: `backoff`, `expired`, `conflict`, `paused`, `superseded`,
+    /// `too_many_waiting`, `shutdown`, `timeout`, `unkillable`, `worker_lost`, `requested`, `forced`, ...
     pub reason: Option<String>,
     /// What runs it.
     #[schema(example = "command")]
@@ -70,6 +70,10 @@ pub struct Run {
     pub timeout_seconds: Option<i32>,
     /// Silence of the worker after which the run is stale. Filled at the first claim where the workflow says nothing.
     pub heartbeat_timeout_seconds: Option<i32>,
+    /// The run that held the slot when this one was skipped for it, reason `conflict`.
+    pub blocked_by: Option<Uuid>,
+    /// The tick of the workflow's schedule that it was made for; null where somebody asked for it.
+    pub tick_at: Option<DateTime<Utc>>,
     /// When somebody asked for the end of this running run.
     pub cancel_requested_at: Option<DateTime<Utc>>,
     /// Exit code of the last attempt's command; null when a signal ended it or nothing was started.
@@ -93,20 +97,56 @@ pub struct Holder {
     /// The run's id; the problem itself has it as `run_id`.
     #[serde(skip_serializing)]
     pub run_id: Uuid,
-    /// `queued` or `running`.
+    /// `queued` or `running`; final where the caller waited for its end, or it ended just now.
     pub status: Status,
-    /// Why it is in that status, where that is not plain.
+    /// Why it is in that status. Of a queued run: `paused` (its workflow or queue), `backoff`, or `no_worker`: nobody who serves its
+    /// queue was seen for a minute.
     pub reason: Option<String>,
     /// When it was enqueued.
     pub created_at: DateTime<Utc>,
+    /// From when on it may be started, while it is queued: after its enqueue, or its backoff.
+    pub available_at: Option<DateTime<Utc>>,
     /// When its attempt started; null while it is queued.
     pub started_at: Option<DateTime<Utc>>,
-    /// Seconds since its worker's last sign of life; null while it is queued.
+    /// Seconds since its worker's last sign of life; null unless it is running.
     pub heartbeat_age_seconds: Option<f64>,
     /// What its worker last said about how far it is; null where it said nothing.
     pub progress: Option<serde_json::Value>,
+    /// Its start and the median duration of the workflow's last 20 successes; null where there is none, or it is not running.
+    pub expected_end_at: Option<DateTime<Utc>>,
     /// Who enqueued it.
     pub requested_by: String,
+}
+
+impl From<Run> for Holder {
+    /// What there is to say of a run that held the slot and does not any more.
+    fn from(run: Run) -> Self {
+        Self {
+            run_id: run.id,
+            status: run.status,
+            reason: run.reason,
+            created_at: run.created_at,
+            available_at: None,
+            started_at: run.started_at,
+            heartbeat_age_seconds: None,
+            progress: None,
+            expected_end_at: None,
+            requested_by: run.requested_by,
+        }
+    }
+}
+
+/// A pause, of a workflow or a queue.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Pause {
+    /// The workflow id, or the queue. An instance is paused with its definition too.
+    pub name: String,
+    /// Why, in somebody's words.
+    pub reason: Option<String>,
+    /// Who paused it.
+    pub paused_by: String,
+    /// Since when.
+    pub paused_at: DateTime<Utc>,
 }
 
 /// The right to act for a running run. Every write of a worker names it; once it is lost, no write takes effect.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::executor::Executor;
 use super::object::object;
+use super::policy::OnConflict;
 use super::retry::{Backoff, RetryOn, check_max_attempts};
 
 /// A workflow id, or an instance of one (`deploy@prod`); each has its own slot. Can only be made by parsing.
@@ -124,6 +125,14 @@ pub struct Definition {
     /// How long a run waits before its next attempt. It keeps its slot meanwhile.
     #[serde(default, deserialize_with = "object")]
     pub backoff: Backoff,
+    /// What a run does when the slot is taken, unless its enqueue says otherwise.
+    #[serde(default)]
+    #[schema(default = "reject")]
+    pub on_conflict: OnConflict,
+    /// How many runs may wait for one slot, under `wait`: 1 to 10000. Each instance has a slot of its own.
+    #[serde(default = "hundred")]
+    #[schema(minimum = 1, maximum = 10000, default = 100)]
+    pub max_waiting: i32,
     /// Default priority of its runs: -100 to 100, higher first.
     #[serde(default)]
     #[schema(minimum = -100, maximum = 100, default = 0)]
@@ -139,6 +148,10 @@ pub struct Definition {
 
 fn one() -> i32 {
     1
+}
+
+fn hundred() -> i32 {
+    100
 }
 
 fn default_queue() -> String {
@@ -158,6 +171,7 @@ impl Definition {
         check("/timeout_seconds", check_seconds(self.timeout_seconds, YEAR));
         check("/heartbeat_timeout_seconds", check_seconds(self.heartbeat_timeout_seconds, 24 * 3600));
         check("/start_within_seconds", check_seconds(self.start_within_seconds, YEAR));
+        check("/max_waiting", check_max_waiting(self.max_waiting));
         check("/priority", check_priority(self.priority));
         check("/queue", check_queue(&self.queue));
         check("/labels", check_labels(&self.labels));
@@ -170,6 +184,10 @@ impl Definition {
         }
         found
     }
+}
+
+fn check_max_waiting(runs: i32) -> Result<(), String> {
+    if (1..=10_000).contains(&runs) { Ok(()) } else { Err(format!("{runs} is out of range: 1 to 10000")) }
 }
 
 pub(super) fn check_seconds(seconds: Option<i32>, longest: i32) -> Result<(), String> {

@@ -1,12 +1,18 @@
-//! Enqueueing: one statement that takes the slot, or names the run that has it.
+//! Enqueueing: a run takes the slot, waits for it, or is told who has it.
+//!
+//! One statement over many requests decides where the slot is free, or taken and the answer is to say by whom. What needs
+//! more than one look while the holder is locked (to wait, to replace, a pause, an idempotency key, a run for later) is
+//! done by `enqueue_run_as` in the database, which is what people who call `enqueue_run` in SQL get too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
+use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Holder, Run, WorkflowId};
+use super::runs;
+use crate::domain::{Holder, OnConflict, Pause, Run, WorkflowId};
 
 /// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
 const LOOKS: usize = 8;
@@ -20,8 +26,12 @@ pub struct Request {
     pub workflow_id: WorkflowId,
     /// What is handed to it.
     pub input: Option<serde_json::Value>,
+    /// What it does when the slot is taken, where that is not as the workflow says.
+    pub on_conflict: Option<OnConflict>,
     /// Its priority, where it is not the workflow's.
     pub priority: Option<i16>,
+    /// When it is to take the slot.
+    pub when: When,
     /// Labels on top of the workflow's.
     pub labels: BTreeMap<String, String>,
     /// How many attempts it may have, where it is not the workflow's number.
@@ -29,21 +39,47 @@ pub struct Request {
     /// The run to repeat, of the same workflow: its definition, revision, input, priority, labels and number of attempts are
     /// taken where this request says nothing.
     pub rerun_of: Option<Uuid>,
+    /// Under what key a repetition of this request is known.
+    pub key: Option<Key>,
     /// Who asks.
     pub requested_by: String,
 }
 
+/// When a run is to take the slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum When {
+    /// Now.
+    #[default]
+    Now,
+    /// At this time; one that is over is now.
+    At(DateTime<Utc>),
+    /// In so many seconds, by the database's clock.
+    In(f64),
+}
+
+/// An idempotency key.
+#[derive(Clone, Debug)]
+pub struct Key {
+    /// What the caller chose, 1 to 255 characters.
+    pub text: String,
+    /// How long an accepted answer is kept under it, in seconds.
+    pub seconds: f64,
+}
+
 impl Request {
-    /// A request for a run without input, under a new id; everything else is as the workflow says.
+    /// A request for a run without input, now, under a new id; everything else is as the workflow says.
     pub fn new(workflow_id: WorkflowId, requested_by: impl Into<String>) -> Self {
         Self {
             id: Uuid::now_v7(),
             workflow_id,
             input: None,
+            on_conflict: None,
             priority: None,
+            when: When::Now,
             labels: BTreeMap::new(),
             max_attempts: None,
             rerun_of: None,
+            key: None,
             requested_by: requested_by.into(),
         }
     }
@@ -53,17 +89,28 @@ impl Request {
 #[derive(Clone, Debug)]
 #[expect(clippy::large_enum_variant, reason = "made once per request, and moved once")]
 pub enum Enqueued {
-    /// It took the slot.
+    /// It is there: it took the slot, waits for it, or is scheduled. Or the same request was accepted before, and this is
+    /// what became of it.
     Accepted(Run),
+    /// This run had the slot, and is the answer.
+    Existing(Run),
     /// This run had the slot, at an instant after the request came in.
     SlotTaken(Holder),
+    /// The workflow is paused.
+    Paused(Pause),
+    /// As many runs as may wait for the slot of this holder do so.
+    TooManyWaiting(Option<Holder>),
     /// There is no such workflow.
     UnknownWorkflow,
+    /// The key was used for another request, which became this run.
+    KeyMismatch(Uuid),
+    /// A request with the same key is under way.
+    KeyInFlight,
     /// The slot changed hands faster than it could be looked at.
     Contended,
 }
 
-/// Enqueues `requests` under the policy `reject`, at most one per workflow. Answers stand in the order of the requests.
+/// Enqueues `requests`, several for one workflow in their order. Answers stand in the order of the requests.
 ///
 /// `ON CONFLICT DO NOTHING` waits for a concurrent holder, then inserts nothing, and the statement's own snapshot does not
 /// show that holder: what could not be decided is looked at again in a new statement.
@@ -72,59 +119,231 @@ pub enum Enqueued {
 /// its id is then the answer; and if the lost statement is still open, the insert waits for it on the primary key.
 pub async fn enqueue(
     connection: &mut PgConnection,
-    requests: &[Request],
+    requests: &[&Request],
     repeated: bool,
 ) -> sqlx::Result<Vec<Enqueued>> {
     let mut answers: Vec<Option<Enqueued>> = vec![None; requests.len()];
+    let at_once = |request: &Request| request.key.is_none() && request.when == When::Now;
+    let (mut open, mut closely): (Vec<usize>, Vec<usize>) =
+        (0..requests.len()).partition(|&index| at_once(requests[index]));
     for look in 0..LOOKS {
-        let open: Vec<usize> = (0..requests.len()).filter(|&index| answers[index].is_none()).collect();
         if open.is_empty() {
             break;
         }
-        let batch: Vec<&Request> = open.iter().map(|&index| &requests[index]).collect();
+        let batch: Vec<&Request> = open.iter().map(|&index| requests[index]).collect();
         let found = attempt(connection, &batch, repeated || look > 0).await?;
-        for (index, answer) in open.into_iter().zip(found) {
-            answers[index] = answer;
+        let mut undecided = Vec::new();
+        for (index, found) in open.into_iter().zip(found) {
+            match found {
+                Found::Decided(answer) => answers[index] = Some(answer),
+                Found::Closely => closely.push(index),
+                Found::Undecided => undecided.push(index),
+            }
+        }
+        open = undecided;
+    }
+    if !closely.is_empty() {
+        // Those of one workflow stay in their order, and two batches lock in the same one.
+        closely.sort_by_key(|&index| (&requests[index].workflow_id, index));
+        let batch: Vec<&Request> = closely.iter().map(|&index| requests[index]).collect();
+        for (index, answer) in closely.into_iter().zip(look_closely(connection, &batch, repeated).await?) {
+            answers[index] = Some(answer);
         }
     }
     Ok(answers.into_iter().map(|answer| answer.unwrap_or(Enqueued::Contended)).collect())
 }
 
-/// One statement over all of `requests`; `None` where it could not tell.
-async fn attempt(
+/// What the one statement over all requests found for one of them.
+enum Found {
+    Decided(Enqueued),
+    /// It takes more than one look.
+    Closely,
+    /// A new statement will see more.
+    Undecided,
+}
+
+async fn attempt(connection: &mut PgConnection, requests: &[&Request], repeated: bool) -> sqlx::Result<Vec<Found>> {
+    let columns = Columns::of(requests);
+    let rows = sqlx::query_file!(
+        "src/store/sql/enqueue.sql",
+        &columns.ids,
+        &columns.workflow_ids,
+        &columns.inputs as &[Option<serde_json::Value>],
+        &columns.priorities as &[Option<i16>],
+        &columns.labels,
+        &columns.requested_by,
+        repeated,
+        &columns.max_attempts as &[Option<i32>],
+        &columns.rerun_of as &[Option<Uuid>],
+        &columns.on_conflict as &[Option<String>],
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    let joined = |policy, holder: &Option<Json<Holder>>| {
+        holder.as_ref().filter(|_| policy == OnConflict::ReturnExisting).map(|Json(holder)| holder.run_id)
+    };
+    let existing: Vec<Uuid> = rows.iter().filter_map(|row| joined(row.policy, &row.holder)).collect();
+    let existing = read(connection, &existing).await?;
+    Ok(rows
+        .into_iter()
+        .map(|row| match (row.run, row.holder) {
+            (Some(Json(run)), _) => Found::Decided(Enqueued::Accepted(run)),
+            _ if !row.known => Found::Decided(Enqueued::UnknownWorkflow),
+            _ if row.paused => Found::Closely,
+            (None, None) => Found::Undecided,
+            (None, Some(Json(holder))) => match row.policy {
+                OnConflict::Reject => Found::Decided(Enqueued::SlotTaken(holder)),
+                OnConflict::ReturnExisting => match existing.get(&holder.run_id) {
+                    Some(run) => Found::Decided(Enqueued::Existing(run.clone())),
+                    None => Found::Undecided,
+                },
+                OnConflict::Wait | OnConflict::Replace => Found::Closely,
+            },
+        })
+        .collect())
+}
+
+/// One by one, each with the holder locked where that is needed.
+async fn look_closely(
     connection: &mut PgConnection,
     requests: &[&Request],
     repeated: bool,
-) -> sqlx::Result<Vec<Option<Enqueued>>> {
-    let ids: Vec<Uuid> = requests.iter().map(|request| request.id).collect();
-    let workflow_ids: Vec<String> = requests.iter().map(|request| request.workflow_id.to_string()).collect();
-    let inputs: Vec<Option<serde_json::Value>> = requests.iter().map(|request| request.input.clone()).collect();
-    let priorities: Vec<Option<i16>> = requests.iter().map(|request| request.priority).collect();
-    let labels: Vec<_> = requests.iter().map(|request| serde_json::json!(request.labels)).collect();
-    let requested_by: Vec<String> = requests.iter().map(|request| request.requested_by.clone()).collect();
-    let max_attempts: Vec<Option<i32>> = requests.iter().map(|request| request.max_attempts).collect();
-    let rerun_of: Vec<Option<Uuid>> = requests.iter().map(|request| request.rerun_of).collect();
-    let rows = sqlx::query_file!(
-        "src/store/sql/enqueue.sql",
-        &ids,
-        &workflow_ids,
-        &inputs as &[Option<serde_json::Value>],
-        &priorities as &[Option<i16>],
-        &labels,
-        &requested_by,
+) -> sqlx::Result<Vec<Enqueued>> {
+    let columns = Columns::of(requests);
+    let rows = sqlx::query!(
+        r#"
+        select a.run_id, a.outcome as "outcome!", a.holder
+        from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $7::integer[], $8::uuid[], $9::text[],
+                    $10::timestamptz[], $11::float8[], $12::text[], $13::float8[])
+            with ordinality
+            as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, on_conflict,
+                  run_at, delay_seconds, key, key_seconds, position)
+        cross join lateral enqueue_run_as(
+            e.id, e.workflow_id, e.input, e.on_conflict, e.key, e.priority, e.run_at, e.delay_seconds, e.labels,
+            e.max_attempts, e.rerun_of, null, e.requested_by, '', e.key_seconds, $14) a
+        order by e.position
+        "#,
+        &columns.ids,
+        &columns.workflow_ids,
+        &columns.inputs as &[Option<serde_json::Value>],
+        &columns.priorities as &[Option<i16>],
+        &columns.labels,
+        &columns.requested_by,
+        &columns.max_attempts as &[Option<i32>],
+        &columns.rerun_of as &[Option<Uuid>],
+        &columns.on_conflict as &[Option<String>],
+        &columns.run_at as &[Option<DateTime<Utc>>],
+        &columns.delay_seconds as &[Option<f64>],
+        &columns.keys as &[Option<String>],
+        &columns.key_seconds as &[Option<f64>],
         repeated,
-        &max_attempts as &[Option<i32>],
-        &rerun_of as &[Option<Uuid>],
+    )
+    .fetch_all(&mut *connection)
+    .await?;
+    // What was decided stands; these are the words for it.
+    let named: Vec<Uuid> = rows.iter().flat_map(|row| [row.run_id, row.holder]).flatten().collect();
+    let runs = read(connection, &named).await?;
+    let holders = holders(connection, &rows.iter().filter_map(|row| row.holder).collect::<Vec<_>>()).await?;
+    let holder = |id: Option<Uuid>| {
+        id.and_then(|id| holders.get(&id).cloned().or_else(|| runs.get(&id).cloned().map(Holder::from)))
+    };
+    let mut answers = Vec::with_capacity(rows.len());
+    for (row, request) in rows.into_iter().zip(requests) {
+        let run = row.run_id.and_then(|id| runs.get(&id)).cloned();
+        answers.push(match (row.outcome.as_str(), run) {
+            ("existing", Some(run)) => Enqueued::Existing(run),
+            ("idempotency-mismatch", Some(run)) => Enqueued::KeyMismatch(run.id),
+            (_, Some(run)) => Enqueued::Accepted(run),
+            ("not-found", None) => Enqueued::UnknownWorkflow,
+            ("idempotency-in-flight", None) => Enqueued::KeyInFlight,
+            ("slot-taken", None) => holder(row.holder).map_or(Enqueued::Contended, Enqueued::SlotTaken),
+            ("too-many-waiting", None) => Enqueued::TooManyWaiting(holder(row.holder)),
+            ("workflow-paused", None) => {
+                pause(connection, &request.workflow_id).await?.map_or(Enqueued::Contended, Enqueued::Paused)
+            }
+            _ => Enqueued::Contended,
+        });
+    }
+    Ok(answers)
+}
+
+/// Runs by their ids.
+async fn read(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Run>> {
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    Ok(runs::these(connection, ids).await?.into_iter().map(|run| (run.id, run)).collect())
+}
+
+/// Those of these runs that hold a slot, as refused callers need to know them.
+pub async fn holders(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Holder>> {
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let holders = sqlx::query_scalar!(
+        r#"select to_jsonb(h) as "holder!: Json<Holder>" from slot_holders h where h.run_id = any($1)"#,
+        ids
     )
     .fetch_all(connection)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| match (row.known, row.run, row.holder) {
-            (_, Some(Json(run)), _) => Some(Enqueued::Accepted(run)),
-            (false, _, _) => Some(Enqueued::UnknownWorkflow),
-            (true, None, Some(Json(holder))) => Some(Enqueued::SlotTaken(holder)),
-            (true, None, None) => None,
-        })
-        .collect())
+    Ok(holders.into_iter().map(|Json(holder)| (holder.run_id, holder)).collect())
+}
+
+/// The pause that a workflow is under, its own or that of its definition.
+async fn pause(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Pause>> {
+    sqlx::query_as!(
+        Pause,
+        "select name, reason, paused_by, paused_at from pauses
+         where kind = 'workflow' and name in ($1, $2) order by length(name) desc limit 1",
+        id.as_str(),
+        id.definition(),
+    )
+    .fetch_optional(connection)
+    .await
+}
+
+/// Requests as the arrays that statements take.
+struct Columns {
+    ids: Vec<Uuid>,
+    workflow_ids: Vec<String>,
+    inputs: Vec<Option<serde_json::Value>>,
+    priorities: Vec<Option<i16>>,
+    labels: Vec<serde_json::Value>,
+    requested_by: Vec<String>,
+    max_attempts: Vec<Option<i32>>,
+    rerun_of: Vec<Option<Uuid>>,
+    on_conflict: Vec<Option<String>>,
+    run_at: Vec<Option<DateTime<Utc>>>,
+    delay_seconds: Vec<Option<f64>>,
+    keys: Vec<Option<String>>,
+    key_seconds: Vec<Option<f64>>,
+}
+
+impl Columns {
+    fn of(requests: &[&Request]) -> Self {
+        fn column<T>(requests: &[&Request], of: impl Fn(&Request) -> T) -> Vec<T> {
+            requests.iter().map(|request| of(request)).collect()
+        }
+        Self {
+            ids: column(requests, |request| request.id),
+            workflow_ids: column(requests, |request| request.workflow_id.to_string()),
+            inputs: column(requests, |request| request.input.clone()),
+            priorities: column(requests, |request| request.priority),
+            labels: column(requests, |request| serde_json::json!(request.labels)),
+            requested_by: column(requests, |request| request.requested_by.clone()),
+            max_attempts: column(requests, |request| request.max_attempts),
+            rerun_of: column(requests, |request| request.rerun_of),
+            on_conflict: column(requests, |request| request.on_conflict.map(|policy| policy.as_str().to_owned())),
+            run_at: column(requests, |request| match request.when {
+                When::At(at) => Some(at),
+                _ => None,
+            }),
+            delay_seconds: column(requests, |request| match request.when {
+                When::In(seconds) => Some(seconds),
+                _ => None,
+            }),
+            keys: column(requests, |request| request.key.as_ref().map(|key| key.text.clone())),
+            key_seconds: column(requests, |request| request.key.as_ref().map(|key| key.seconds)),
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! on every statement: sqlx has no timeout of its own towards a server that vanished, and a connection that was given up
 //! in the middle of a statement must never be used again.
 
+pub mod batch;
 pub mod claim;
 pub mod control;
 pub mod enqueue;
@@ -28,10 +29,13 @@ const ACQUIRE: Duration = Duration::from_secs(5);
 /// better message wins.
 pub const LIMIT: Duration = Duration::from_secs(7);
 
+/// How long a statement waits for a lock that somebody else has.
+const LOCK_TIMEOUT: &str = "2s";
+
 /// Set after connecting and not as start-up options, which poolers refuse.
 const SESSION: &str = "
     select set_config('statement_timeout', '5s', false),
-           set_config('lock_timeout', '2s', false),
+           set_config('lock_timeout', $1, false),
            set_config('idle_in_transaction_session_timeout', '10s', false),
            set_config('default_transaction_isolation', 'read committed', false),
            set_config('TimeZone', 'UTC', false),
@@ -121,7 +125,7 @@ impl Db {
             .max_lifetime(Duration::from_secs(1800))
             .after_connect(|connection, _| {
                 Box::pin(async move {
-                    sqlx::query(SESSION).execute(connection).await?;
+                    sqlx::query(SESSION).bind(LOCK_TIMEOUT).execute(connection).await?;
                     Ok(())
                 })
             })

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Backoff, Definition, Executor, RetryOn, WorkflowId};
+use crate::domain::{Backoff, Definition, Executor, OnConflict, RetryOn, WorkflowId};
 
 /// One revision of a workflow: what it says, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -35,6 +35,11 @@ pub struct Revision {
     /// How long a run waits before its next attempt.
     #[schema(value_type = Backoff)]
     pub backoff: serde_json::Value,
+    /// What a run does when the slot is taken.
+    #[schema(value_type = OnConflict)]
+    pub on_conflict: String,
+    /// How many runs may wait for one slot.
+    pub max_waiting: i32,
     /// Default priority of its runs.
     pub priority: i16,
     /// The queue its runs are put in.
@@ -81,6 +86,8 @@ pub async fn put(
             definition.max_attempts,
             &retry_on,
             serde_json::json!(definition.backoff),
+            definition.on_conflict.as_str(),
+            definition.max_waiting,
         )
         .fetch_optional(&mut *connection)
         .await?;

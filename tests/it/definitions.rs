@@ -44,6 +44,8 @@ fn said(revision: &Revision) -> Definition {
         max_attempts: revision.max_attempts,
         retry_on: serde_json::from_value(json!(revision.retry_on)).unwrap(),
         backoff: serde_json::from_value(revision.backoff.clone()).unwrap(),
+        on_conflict: serde_json::from_value(json!(revision.on_conflict)).unwrap(),
+        max_waiting: revision.max_waiting,
         priority: revision.priority,
         queue: revision.queue.clone(),
         labels: revision.labels.clone(),

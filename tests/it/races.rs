@@ -20,7 +20,7 @@ use crate::support::plant;
 
 /// Enqueues inside somebody's open transaction.
 async fn enqueue_in(transaction: &mut PgConnection, request: &Request) -> Run {
-    match enqueue(transaction, std::slice::from_ref(request), false).await.unwrap().remove(0) {
+    match enqueue(transaction, &[request], false).await.unwrap().remove(0) {
         Enqueued::Accepted(run) => run,
         other => panic!("{other:?}"),
     }

@@ -1,7 +1,8 @@
 with entry as materialized (
     select *
-    from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $8::integer[], $9::uuid[])
-        with ordinality as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, position)
+    from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $8::integer[], $9::uuid[],
+                $10::text[])
+        with ordinality as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, on_conflict, position)
 ),
 -- The definition: of the id itself, else of what stands before its @. A rerun keeps what it repeats, revision included.
 known as materialized (
@@ -10,7 +11,9 @@ known as materialized (
            coalesce(e.input, o.input) as input,
            coalesce(e.priority, o.priority, v.priority) as effective_priority,
            coalesce(o.labels, v.labels) || e.labels as all_labels,
-           coalesce(e.max_attempts, o.max_attempts, v.max_attempts) as effective_max_attempts
+           coalesce(e.max_attempts, o.max_attempts, v.max_attempts) as effective_max_attempts,
+           coalesce(e.on_conflict, v.on_conflict) as policy,
+           exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, w.id)) as paused
     from entry e
     left join test_runs o on o.id = e.rerun_of
     cross join lateral (
@@ -26,25 +29,18 @@ known as materialized (
 ),
 -- Reading comes before writing: a refusal writes nothing, and takes no transaction id.
 holder as materialized (
-    select r.workflow_id, r.id as run_id, r.status, r.reason, r.created_at, r.requested_by,
-           -- between two attempts it is that of the last one
-           case when r.status = 'running' then r.started_at end as started_at,
-           case when r.status = 'running'
-                then greatest(extract(epoch from now() - coalesce(l.heartbeat_at, r.started_at))::float8, 0)
-           end as heartbeat_age_seconds,
-           case when r.status = 'running' then l.progress end as progress
-    from entry e
-    join test_runs r on r.workflow_id = e.workflow_id and r.status in ('queued', 'running')
-    left join run_leases l on l.run_id = r.id and l.fence >= r.fence
+    select h.*
+    from slot_holders h
+    where h.workflow_id in (select workflow_id from entry)
 ),
 inserted as (
     insert into test_runs (id, workflow_id, definition, revision, status, executor_type, queue, priority, labels, input,
-                           available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, max_attempts, rerun_of, version)
+                           on_conflict, available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, max_attempts, rerun_of, version)
     select id, workflow_id, definition, revision, 'queued', executor_type, queue, effective_priority, all_labels, input,
-           now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, rerun_of, 1
+           policy, now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, rerun_of, 1
     from known k
-    where not exists (select from holder h where h.workflow_id = k.workflow_id)
-    order by workflow_id -- two batches that lock in different orders deadlock
+    where not paused and not exists (select from holder h where h.workflow_id = k.workflow_id)
+    order by workflow_id, position -- two batches that lock in different orders deadlock; of several for one slot the first has it
     on conflict do nothing -- whatever index it is: REINDEX CONCURRENTLY brings one of another name
     returning *
 ),
@@ -55,6 +51,8 @@ recorded as (
 )
 select (k.definition is not null or m.id is not null) as "known!",
        coalesce(to_jsonb(i), to_jsonb(m)) as "run: Json<Run>",
+       coalesce(k.paused, false) as "paused!",
+       coalesce(k.policy, 'reject') as "policy!: OnConflict",
        case when h.run_id is not null then to_jsonb(h) end as "holder: Json<Holder>"
 from entry e
 left join known k on k.position = e.position

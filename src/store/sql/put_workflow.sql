@@ -19,6 +19,8 @@ same as materialized (
       and max_attempts = $11
       and retry_on = $12
       and backoff = $13
+      and on_conflict = $14
+      and max_waiting = $15
 ),
 -- Where an edit was waited for, the revision it made can't be seen by this statement: no row comes out of it.
 made as (
@@ -43,8 +45,8 @@ next as (
 written as (
     insert into workflow_revisions (workflow_id, revision, executor_type, executor, timeout_seconds,
                                     heartbeat_timeout_seconds, start_within_seconds, priority, queue, labels, created_by,
-                                    max_attempts, retry_on, backoff)
-    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13
+                                    max_attempts, retry_on, backoff, on_conflict, max_waiting)
+    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15
     from next
     returning *
 ),

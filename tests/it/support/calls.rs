@@ -25,8 +25,7 @@ pub fn request(workflow: &str) -> Request {
 
 /// Sends one request.
 pub async fn send(db: &Db, request: &Request, repeated: bool) -> Result<Enqueued, store::Error> {
-    let requests = std::slice::from_ref(request);
-    let mut answers = db.with(async |connection| enqueue::enqueue(connection, requests, repeated).await).await?;
+    let mut answers = db.with(async |connection| enqueue::enqueue(connection, &[request], repeated).await).await?;
     assert_eq!(answers.len(), 1);
     Ok(answers.remove(0))
 }
