@@ -213,6 +213,8 @@ async fn work(
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
     let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
     parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
+    parts.spawn("due runs", engine::start_due(ctx.clone(), done.clone()));
+    parts.spawn("sweeper", engine::sweep(ctx.clone(), config.reaper.interval, done.clone()));
     if config.worker.capacity > 0 {
         // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
         parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));

@@ -43,6 +43,9 @@ pub(super) async fn cancel(
     if cancelled == Cancelled::Unknown {
         return Err(Problem::no_run(id));
     }
+    if cancelled == Cancelled::AtOnce {
+        api.look_again();
+    }
     let run = read(&api.db, id).await?;
     match cancelled {
         Cancelled::Requested => {

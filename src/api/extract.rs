@@ -34,27 +34,30 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     }
 }
 
-/// A call that takes nothing: no body, or `{}` as JSON. A form, which any web page can send, is refused.
-pub(super) struct Nothing;
+/// A body that may be left out: none at all, or JSON. A form, which any web page can send, is refused.
+pub(super) struct Optional<T>(pub(super) T);
+
+/// For a call that takes nothing: no body, or `{}` as JSON.
+pub(super) type Nothing = Optional<Empty>;
 
 /// An object without members.
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Empty {}
+pub(super) struct Empty {}
 
-impl<S: Send + Sync> FromRequest<S> for Nothing {
+impl<S: Send + Sync, T: Default + DeserializeOwned> FromRequest<S> for Optional<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let (untyped, json) = (!request.headers().contains_key(header::CONTENT_TYPE), is_json(request.headers()));
         let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
         if untyped && body.is_empty() {
-            return Ok(Self);
+            return Ok(Self(T::default()));
         }
         if !json {
             return Err(Problem::not_json());
         }
-        parse(&body).map(|Empty {}| Self)
+        parse(&body).map(Self)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The only place that knows HTTP. Handlers call `store`; they and the engine meet in rows and wake-ups only.
 
+mod bulk;
 mod claims;
 mod control;
 mod enqueue;
@@ -10,6 +11,7 @@ mod leases;
 mod legacy;
 mod openapi;
 mod page;
+mod pauses;
 mod problem;
 mod runs;
 mod workflows;
@@ -116,6 +118,12 @@ impl Api {
             _ => self.wake.notify_one(),
         }
     }
+
+    /// Tells everybody who starts runs that a slot may have been handed on, to a run of whatever kind.
+    fn look_again(&self) {
+        self.wake_pull.notify_waiters();
+        self.wake.notify_one();
+    }
 }
 
 impl FromRef<Api> for Db {
@@ -136,6 +144,14 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .merge(OpenApiRouter::new().routes(routes!(enqueue::batch)).layer(DefaultBodyLimit::max(BATCH_LIMIT)))
         .routes(routes!(control::cancel))
         .routes(routes!(control::rerun))
+        .routes(routes!(bulk::cancel))
+        .routes(routes!(bulk::rerun))
+        // whoever stops and starts what others defined
+        .routes(routes!(pauses::pause_workflow))
+        .routes(routes!(pauses::resume_workflow))
+        .routes(routes!(pauses::queues))
+        .routes(routes!(pauses::pause_queue))
+        .routes(routes!(pauses::resume_queue))
         // whoever looks at them
         .routes(routes!(runs::list))
         .routes(routes!(runs::counts))

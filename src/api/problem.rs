@@ -326,6 +326,11 @@ impl Problem {
         self.status
     }
 
+    /// The cause, as in `type`.
+    pub(super) fn cause(&self) -> &'static str {
+        self.cause
+    }
+
     /// The run it is about.
     pub(super) fn run_id(&self) -> Option<Uuid> {
         self.run_id

@@ -186,7 +186,7 @@ pub(super) async fn read(db: &Db, id: Uuid) -> Result<Run, Problem> {
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Whole<T> {
     /// The entries.
-    items: Vec<T>,
+    pub(super) items: Vec<T>,
 }
 
 /// Attempts of a run

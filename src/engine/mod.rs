@@ -3,12 +3,14 @@
 //! A pass takes no hint of what changed: it reads the database and acts. A wake-up only makes it look sooner, so a lost one
 //! costs latency and nothing else.
 
+mod apart;
 mod attempt;
 pub mod dispatcher;
 mod execute;
 pub mod heartbeat;
 pub mod listener;
 pub mod reaper;
+pub mod sweeper;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -163,6 +165,43 @@ pub async fn reap(mut reaper: reaper::Reaper, interval: Duration, stop: Cancella
         tokio::select! {
             () = stop.cancelled() => return,
             () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Starts scheduled runs when they are due, until `stop`.
+pub async fn start_due(ctx: Ctx, stop: CancellationToken) {
+    loop {
+        let rest = match sweeper::start_due(&ctx.db).await {
+            Ok(started) => {
+                if !started.runs.is_empty() {
+                    ctx.wake.notify_one();
+                }
+                if started.next == Next::Again { Duration::ZERO } else { jittered(POLL) }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't start what is due; trying again");
+                jittered(POLL)
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Looks for forgotten waiting runs until `stop`.
+pub async fn sweep(ctx: Ctx, interval: Duration, stop: CancellationToken) {
+    loop {
+        match sweeper::sweep(&ctx.db).await {
+            Ok(swept) if !swept.promoted.is_empty() => ctx.wake.notify_one(),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "can't look for forgotten runs; trying again"),
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(jittered(interval)) => {}
         }
     }
 }

@@ -6,6 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
 use super::Next;
+use super::apart::together_or_apart;
 use crate::config;
 use crate::domain::{Lease, Outcome, Verdict};
 use crate::executor::boottime::Boottime;
@@ -162,39 +163,6 @@ impl Reaper {
 fn stepped(before: DateTime<Utc>, after: DateTime<Utc>, elapsed: Duration) -> bool {
     let elapsed = TimeDelta::from_std(elapsed).unwrap_or(TimeDelta::MAX);
     (after - before - elapsed).abs() > STEP
-}
-
-/// Does `work` for all of `items`, or for one by one where the database refuses them together: one bad row must not keep
-/// the others. Answers with the runs it was done for.
-async fn together_or_apart<T: Clone, Work: Future<Output = Result<Vec<Uuid>, store::Error>>>(
-    items: Vec<T>,
-    id: impl Fn(&T) -> Uuid,
-    work: impl Fn(Vec<T>) -> Work,
-) -> Result<Vec<Uuid>, store::Error> {
-    if items.is_empty() {
-        return Ok(Vec::new());
-    }
-    let mut done = Vec::new();
-    match work(items.clone()).await {
-        Ok(all) => done = all,
-        Err(error @ (store::Error::Refused(_) | store::Error::Busy(_))) => {
-            tracing::warn!(%error, "a batch was refused; taking it one by one");
-            for item in items {
-                let id = id(&item);
-                match work(vec![item]).await {
-                    Ok(one) => done.extend(one),
-                    Err(error @ (store::Error::Refused(_) | store::Error::Busy(_))) => {
-                        tracing::error!(%error, run.id = %id, "can't end this run");
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
-        }
-        // The database is away: it would be so for each of them.
-        Err(error) => return Err(error),
-    }
-    done.sort();
-    Ok(done)
 }
 
 /// How an attempt ended; `None` where there was none.

@@ -20,10 +20,29 @@ pub enum Cancelled {
 pub async fn cancel(connection: &mut PgConnection, run_id: Uuid, actor: &str) -> sqlx::Result<Cancelled> {
     let answer =
         sqlx::query_scalar!(r#"select cancel_run($1, $2) as "answer!""#, run_id, actor).fetch_one(connection).await?;
-    Ok(match answer.as_str() {
+    Ok(read(&answer))
+}
+
+/// Cancels runs, in this order, all in one transaction; the answers stand in the order of the runs.
+pub async fn cancel_all(connection: &mut PgConnection, run_ids: &[Uuid], actor: &str) -> sqlx::Result<Vec<Cancelled>> {
+    let answers = sqlx::query_scalar!(
+        r#"
+        select cancel_run(e.id, $2) as "answer!"
+        from (select id from unnest($1::uuid[]) with ordinality as e (id, position) order by position) e
+        "#,
+        run_ids,
+        actor,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(answers.iter().map(|answer| read(answer)).collect())
+}
+
+fn read(answer: &str) -> Cancelled {
+    match answer {
         "cancelled" => Cancelled::AtOnce,
         "cancel-requested" => Cancelled::Requested,
         "already-final" => Cancelled::AlreadyFinal,
         _ => Cancelled::Unknown,
-    })
+    }
 }

@@ -11,7 +11,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::runs;
+use super::{pauses, runs};
 use crate::domain::{Holder, OnConflict, Pause, Run, WorkflowId};
 
 /// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
@@ -258,9 +258,9 @@ async fn look_closely(
             ("idempotency-in-flight", None) => Enqueued::KeyInFlight,
             ("slot-taken", None) => holder(row.holder).map_or(Enqueued::Contended, Enqueued::SlotTaken),
             ("too-many-waiting", None) => Enqueued::TooManyWaiting(holder(row.holder)),
-            ("workflow-paused", None) => {
-                pause(connection, &request.workflow_id).await?.map_or(Enqueued::Contended, Enqueued::Paused)
-            }
+            ("workflow-paused", None) => pauses::of_workflow(connection, &request.workflow_id)
+                .await?
+                .map_or(Enqueued::Contended, Enqueued::Paused),
             _ => Enqueued::Contended,
         });
     }
@@ -287,19 +287,6 @@ pub async fn holders(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Resul
     .fetch_all(connection)
     .await?;
     Ok(holders.into_iter().map(|Json(holder)| (holder.run_id, holder)).collect())
-}
-
-/// The pause that a workflow is under, its own or that of its definition.
-async fn pause(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Pause>> {
-    sqlx::query_as!(
-        Pause,
-        "select name, reason, paused_by, paused_at from pauses
-         where kind = 'workflow' and name in ($1, $2) order by length(name) desc limit 1",
-        id.as_str(),
-        id.definition(),
-    )
-    .fetch_optional(connection)
-    .await
 }
 
 /// Requests as the arrays that statements take.

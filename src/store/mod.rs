@@ -7,10 +7,12 @@
 pub mod batch;
 pub mod claim;
 pub mod control;
+pub mod due;
 pub mod enqueue;
 pub mod logs;
 pub mod migrate;
 pub mod notify;
+pub mod pauses;
 pub mod reap;
 pub mod runs;
 pub mod settle;

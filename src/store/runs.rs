@@ -96,6 +96,54 @@ pub async fn list(
     Ok(runs.into_iter().map(|run| run.0).collect())
 }
 
+/// The ids of at most `limit` runs, newest first; those that hold a slot after the others.
+pub async fn ids(connection: &mut PgConnection, filter: &Filter, limit: i64) -> sqlx::Result<Vec<Uuid>> {
+    let statuses = filter.status_names();
+    sqlx::query_scalar!(
+        r#"
+        select id
+        from (
+            select r.id, r.created_at, r.status in ('queued', 'running') as holds_slot
+            from test_runs r
+            where ($1::text is null or r.workflow_id = $1)
+              and ($2::text is null or r.definition = $2)
+              and ($3::text[] is null or r.status = any($3))
+              and ($4::text is null or r.queue = $4)
+              and ($5::jsonb is null or r.labels @> $5)
+              and ($6::timestamptz is null or r.created_at >= $6)
+              and ($7::timestamptz is null or r.created_at < $7)
+            order by r.created_at desc, r.id desc
+            limit $8
+        ) f
+        order by holds_slot, created_at desc, id desc
+        "#,
+        filter.workflow_id.as_deref(),
+        filter.definition.as_deref(),
+        statuses.as_deref(),
+        filter.queue.as_deref(),
+        filter.label_object(),
+        filter.since,
+        filter.until,
+        limit,
+    )
+    .fetch_all(connection)
+    .await
+}
+
+/// The workflow ids of these runs, in their order.
+pub async fn workflows_of(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<Vec<(Uuid, String)>> {
+    let rows = sqlx::query!(
+        "select r.id, r.workflow_id
+         from unnest($1::uuid[]) with ordinality as e (id, position)
+         join test_runs r on r.id = e.id
+         order by e.position",
+        ids
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().map(|row| (row.id, row.workflow_id)).collect())
+}
+
 /// How many runs are in each status; a status without a run is not in the answer.
 pub async fn counts(connection: &mut PgConnection, filter: &Filter) -> sqlx::Result<Vec<(Status, i64)>> {
     let statuses = filter.status_names();

@@ -115,6 +115,17 @@ pub async fn get(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result
     Ok(revision.map(|revision| revision.0))
 }
 
+/// Whether runs of this id can be enqueued: it is defined, or it is an instance of what is.
+pub async fn is_defined(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<bool> {
+    sqlx::query_scalar!(
+        r#"select exists (select from workflows where id in ($1, $2) and deleted_at is null) as "known!""#,
+        id.as_str(),
+        id.definition(),
+    )
+    .fetch_one(connection)
+    .await
+}
+
 /// At most `limit` workflows in use, newest id first, that come after the one defined at `after`; each with the time at
 /// which its id was first defined.
 pub async fn list(
