@@ -66,7 +66,7 @@ pub struct Settings {
     /// Longest an attempt may take, unless its workflow says otherwise, in whole seconds. [default: 10m]
     #[arg(long, env = "SINGLETRACK_RUN_TIMEOUT", value_name = "DURATION")]
     pub run_timeout: Option<String>,
-    /// How long an accepted answer is kept under its Idempotency-Key. [default: 24h]
+    /// How long an accepted answer is kept under its Idempotency-Key. [default: 1day]
     #[arg(long, env = "SINGLETRACK_IDEMPOTENCY_TTL", value_name = "DURATION")]
     pub idempotency_ttl: Option<String>,
     /// Longest a queued run may stay unstarted, unless its workflow says otherwise, in whole seconds. [default: 1h]
@@ -318,7 +318,7 @@ impl Settings {
                 _ => Err(format!("`{text}` is neither auto nor off")),
             }),
             listen: read.take("SINGLETRACK_LISTEN", &self.listen, SocketAddr::from(([127, 0, 0, 1], 7410)), listen),
-            idempotency_ttl: read.duration("SINGLETRACK_IDEMPOTENCY_TTL", &self.idempotency_ttl, "24h"),
+            idempotency_ttl: read.duration("SINGLETRACK_IDEMPOTENCY_TTL", &self.idempotency_ttl, "1day"),
             public_url: read.take("SINGLETRACK_PUBLIC_URL", &self.public_url, None, |text| public_url(text).map(Some)),
             data_dir: read.take("SINGLETRACK_DATA_DIR", &self.data_dir, ".singletrack".into(), |text| Ok(text.into())),
             pg_bin: read.take("SINGLETRACK_PG_BIN", &self.pg_bin, None, |text| Ok(Some(text.into()))),

@@ -62,6 +62,16 @@ const BROKEN: &[(&str, &str)] = &[
         "delete from run_events where run_id = (select id from test_runs where workflow_id = 'next')",
     ),
     ("final-without-attempt", "truncate run_attempts"),
+    (
+        "stranded-waiter",
+        "insert into test_runs (id, workflow_id, definition, revision, status, executor_type, created_at)
+         values (gen_random_uuid(), 'lonely', 'lonely', 1, 'waiting', 'command', now() - interval '2 minutes')",
+    ),
+    (
+        "due-and-scheduled",
+        "insert into test_runs (id, workflow_id, definition, revision, status, executor_type, run_at)
+         values (gen_random_uuid(), 'late', 'late', 1, 'scheduled', 'command', now() - interval '2 minutes')",
+    ),
     // No time limit can be over as long as the server that started a moment ago had no chance to reap it; a limit of less
     // than nothing stands for a server that has been up for an hour.
     (

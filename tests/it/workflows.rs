@@ -222,7 +222,7 @@ async fn every_wrong_field_is_named_by_its_pointer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_this_version_does_not_know_is_refused_by_name() {
     let (_test, replica) = api().await;
-    let names = ["schedule", "on_conflict", "max_waiting", "timeout", "retries", "id", "revision"];
+    let names = ["timeout", "retries", "paused", "id", "revision"];
     for name in names {
         let answer = replica.client.put(PATH, with(&format!("/{name}"), json!(1))).await;
         assert_eq!(answer.mistakes(), [format!("pointer /{name}")]);
