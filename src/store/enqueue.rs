@@ -4,7 +4,7 @@
 //! more than one look while the holder is locked (to wait, to replace, a pause, an idempotency key, a run for later) is
 //! done by `enqueue_run_as` in the database, which is what people who call `enqueue_run` in SQL get too.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
@@ -123,9 +123,15 @@ pub async fn enqueue(
     repeated: bool,
 ) -> sqlx::Result<Vec<Enqueued>> {
     let mut answers: Vec<Option<Enqueued>> = vec![None; requests.len()];
-    let at_once = |request: &Request| request.key.is_none() && request.when == When::Now;
-    let (mut open, mut closely): (Vec<usize>, Vec<usize>) =
-        (0..requests.len()).partition(|&index| at_once(requests[index]));
+    // What comes after one that takes a closer look, and is for the same workflow, must not be decided before it.
+    let mut slow: HashSet<&WorkflowId> = HashSet::new();
+    let (mut open, mut closely): (Vec<usize>, Vec<usize>) = (0..requests.len()).partition(|&index| {
+        let Request { workflow_id, key, when, .. } = requests[index];
+        if key.is_some() || *when != When::Now {
+            slow.insert(workflow_id);
+        }
+        !slow.contains(workflow_id)
+    });
     for look in 0..LOOKS {
         if open.is_empty() {
             break;
@@ -134,9 +140,16 @@ pub async fn enqueue(
         let found = attempt(connection, &batch, repeated || look > 0).await?;
         let mut undecided = Vec::new();
         for (index, found) in open.into_iter().zip(found) {
+            let workflow_id = &requests[index].workflow_id;
             match found {
+                // It is there. Any other decision has changed nothing, and may be made again.
+                Found::Decided(answer @ Enqueued::Accepted(_)) => answers[index] = Some(answer),
+                Found::Closely => {
+                    slow.insert(workflow_id);
+                    closely.push(index);
+                }
+                _ if slow.contains(workflow_id) => closely.push(index),
                 Found::Decided(answer) => answers[index] = Some(answer),
-                Found::Closely => closely.push(index),
                 Found::Undecided => undecided.push(index),
             }
         }
