@@ -21,6 +21,7 @@ declare
     kept     idempotency_keys;
     print    bytea;
     met      record;
+    replaces boolean := false;
     due_at   constant timestamptz := coalesce(tick_at, run_at, now() + make_interval(secs => delay_seconds));
     inserted integer;
 begin
@@ -92,6 +93,7 @@ begin
         else
             select * into met from meet_slot(workflow_id, known.definition, known.on_conflict, known.max_waiting);
             holder := met.holder;
+            replaces := met.verdict = 'replace';
             outcome := case met.verdict when 'free' then 'queued' when 'replace' then 'waiting' else met.verdict end;
         end if;
         exit when outcome not in ('scheduled', 'waiting', 'queued');
@@ -101,7 +103,7 @@ begin
         values (id, workflow_id, known.definition, known.revision, outcome, known.executor_type, known.queue, known.priority,
                 known.labels, known.input, known.on_conflict, due_at, tick_at, case when outcome = 'queued' then now() end,
                 known.timeout_seconds, known.heartbeat_timeout_seconds, requested_by, known.max_attempts, rerun_of,
-                outcome = 'waiting' and met.verdict = 'replace', 1)
+                replaces, 1)
         on conflict do nothing; -- whatever index it is: REINDEX CONCURRENTLY brings one of another name
         get diagnostics inserted = row_count;
         if inserted = 1 then
@@ -110,7 +112,7 @@ begin
             values (id, null, outcome, 0, 0, requested_by);
             if tick_at is not null then
                 outcome := coalesce(start_due(id), outcome);
-            elsif outcome = 'waiting' and met.verdict = 'replace' then
+            elsif replaces then
                 perform replace_holder(id, workflow_id, holder, requested_by);
                 select r.status into outcome from test_runs r where r.id = enqueue_run_as.id;
             end if;
