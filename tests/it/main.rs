@@ -54,4 +54,5 @@ mod strays;
 mod tidy;
 mod transitions;
 mod views;
+mod waiting;
 mod workflows;
