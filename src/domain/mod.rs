@@ -1,6 +1,7 @@
 //! Pure values and decisions: no await, no SQL, no clock, no randomness.
 
 pub mod executor;
+pub mod json;
 pub(crate) mod object;
 pub mod outcome;
 pub mod outgoing;
