@@ -39,14 +39,15 @@
 //! | module | what it is | may use |
 //! |---|---|---|
 //! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, executor, config |
+//! | `tls` | whose certificates are trusted where we call somebody | nothing of ours |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
 //! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
-//! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain |
+//! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain, tls |
 //! | [`engine`] | what happens unasked: passes, and the loops that repeat them | domain, store, executor, config |
 //! | [`api`] | the only place that knows HTTP: `api/mod.rs` has every route on one screen | domain, store |
 //! | [`dev`] | the private Postgres of `singletrack dev` and of the tests | nothing of ours |
 //! | [`app`] | composition root: wires the parts, and stops them in order | all |
-//! | [`cli`] | the commands of the binary | app, config, dev, telemetry |
+//! | [`cli`] | the commands of the binary; its client half speaks HTTP, never the store | app, config, dev, domain, telemetry, tls |
 //!
 //! `migrations/` has the schema, the triggers that refuse what must not happen by hand, and the views for people.
 //!
@@ -80,6 +81,7 @@ pub mod api;
 pub mod app;
 pub mod config;
 pub mod telemetry;
+pub(crate) mod tls;
 
 pub mod cli;
 pub mod dev;

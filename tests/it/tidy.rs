@@ -9,12 +9,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["config"]),
     ("domain", &[]),
     ("store", &["domain"]),
-    ("executor", &["domain"]),
+    ("tls", &[]),
+    ("executor", &["domain", "tls"]),
     ("engine", &["domain", "store", "executor", "config"]),
     ("api", &["domain", "store"]),
     ("dev", &[]),
     ("app", &["api", "config", "domain", "engine", "executor", "store"]),
-    ("cli", &["app", "config", "dev", "domain", "telemetry"]),
+    ("cli", &["app", "config", "dev", "domain", "telemetry", "tls"]),
 ];
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {

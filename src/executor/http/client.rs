@@ -8,10 +8,11 @@ use std::time::Duration;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::header::{HeaderMap, LOCATION};
 use reqwest::{Proxy, Request, Response, redirect, retry};
-use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use rustls::RootCertStore;
 use url::{Host, Url};
 
 use crate::domain::outgoing::{Allowed, Outgoing};
+use crate::tls;
 
 /// How long a connection may take: an address that nobody answers at must not use up the attempt's time limit.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,28 +31,18 @@ pub struct Client {
 
 impl Client {
     /// Certificates are checked against the system's roots (`SSL_CERT_FILE` and `SSL_CERT_DIR` are heeded), or against
-    /// Mozilla's as of the build where the system has none, as in a bare container.
+    /// Mozilla's as of the build where the system has none.
     ///
     /// # Errors
     /// When TLS can't be set up.
     pub fn new(outgoing: &Outgoing) -> Result<Self, reqwest::Error> {
-        let mut roots = RootCertStore::empty();
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        if roots.is_empty() {
-            roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        }
-        Self::trusting(roots, outgoing)
+        Self::trusting(tls::roots(), outgoing)
     }
 
     pub(super) fn trusting(roots: RootCertStore, outgoing: &Outgoing) -> Result<Self, reqwest::Error> {
         let allowed = Arc::new(outgoing.allowed.clone());
-        let tls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .expect("ring has the protocol versions of rustls")
-            .with_root_certificates(roots)
-            .with_no_client_auth();
         let builder = reqwest::Client::builder()
-            .tls_backend_preconfigured(tls)
+            .tls_backend_preconfigured(tls::trusting(roots))
             .user_agent(concat!("singletrack/", env!("CARGO_PKG_VERSION")))
             .connect_timeout(CONNECT_TIMEOUT)
             .redirect(redirect::Policy::none())
