@@ -1,4 +1,10 @@
-//! The command line of the service: one command per process, its result an exit code.
+//! The command line: one command per process, its result an exit code. Half of the commands are the service itself; the
+//! others are a client of it, over HTTP only, a file for each noun.
+
+mod client;
+mod definitions;
+mod diff;
+mod workflows;
 
 use std::process::ExitCode;
 
@@ -7,12 +13,13 @@ use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use sqlx::postgres::PgConnectOptions;
 
+use self::client::Failure;
 use crate::app::{self, Role, Stop};
 use crate::config::{Config, Settings};
 use crate::dev::{self, Postgres};
 use crate::telemetry;
 
-/// Exit code for wrong settings and command lines, as in sysexits.h.
+/// Exit code for wrong settings, command lines and files, as in sysexits.h.
 pub const USAGE: u8 = 64;
 
 /// Runs each workflow at most once at a time.
@@ -25,6 +32,15 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[command(flatten)]
+    Service(Box<Service>),
+    /// Definitions of workflows, in a service that runs.
+    #[command(subcommand)]
+    Workflows(workflows::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum Service {
     /// Try it here: API and worker on a private Postgres, which is kept between starts.
     Dev(Settings),
     /// A replica: API and worker on the Postgres that DATABASE_URL names.
@@ -37,9 +53,31 @@ enum Command {
 
 /// Runs one command.
 pub fn run(cli: Cli) -> ExitCode {
-    let (settings, from_environment) = match &cli.command {
-        Command::Dev(settings) => (settings, None),
-        Command::Serve(settings) | Command::Worker(settings) | Command::Migrate(settings) => {
+    match cli.command {
+        Command::Service(service) => serve(&service),
+        Command::Workflows(command) => ask(command.run()),
+    }
+}
+
+/// Runs a command of the client half.
+fn ask(command: impl Future<Output = Result<ExitCode, Failure>>) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done =
+        runtime.map_err(|error| Failure::Failed(error.to_string())).and_then(|runtime| runtime.block_on(command));
+    done.unwrap_or_else(|failure| {
+        match &failure {
+            // Lines that name what is wrong themselves.
+            Failure::Usage(mistakes) => eprintln!("{mistakes}"),
+            failure => eprintln!("singletrack: {failure}"),
+        }
+        failure.code()
+    })
+}
+
+fn serve(command: &Service) -> ExitCode {
+    let (settings, from_environment) = match command {
+        Service::Dev(settings) => (settings, None),
+        Service::Serve(settings) | Service::Worker(settings) | Service::Migrate(settings) => {
             (settings, std::env::var("DATABASE_URL").ok())
         }
     };
@@ -54,11 +92,11 @@ pub fn run(cli: Cli) -> ExitCode {
         println!("{config}");
         return ExitCode::SUCCESS;
     }
-    if config.database_url.is_none() && !matches!(cli.command, Command::Dev(_)) {
+    if config.database_url.is_none() && !matches!(command, Service::Dev(_)) {
         eprintln!("DATABASE_URL is not set: name the Postgres to use, such as postgres://user:password@host/database");
         return ExitCode::from(USAGE);
     }
-    match execute(&cli.command, config) {
+    match execute(command, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // What was tried and why it failed; the layers between repeat the latter.
@@ -69,17 +107,17 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-fn execute(command: &Command, config: Config) -> anyhow::Result<()> {
+fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
     // Commands may run under the same account, and must not read the service's secrets from its memory or environment.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     telemetry::install(&config).context("can't set up the log")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {
         match command {
-            Command::Dev(_) => develop(config).await,
-            Command::Serve(_) => replica(config, Role::Serve).await,
-            Command::Worker(_) => replica(config, Role::Worker).await,
-            Command::Migrate(_) => migrate(&options(&config)?).await,
+            Service::Dev(_) => develop(config).await,
+            Service::Serve(_) => replica(config, Role::Serve).await,
+            Service::Worker(_) => replica(config, Role::Worker).await,
+            Service::Migrate(_) => migrate(&options(&config)?).await,
         }
     });
     // Whatever still blocks a thread must not keep the process.

@@ -9,6 +9,7 @@
 
 mod support;
 
+mod apply;
 mod by_hand;
 mod cancel;
 mod cancelling;

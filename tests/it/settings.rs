@@ -5,7 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Output;
 
-use clap::Args as _;
+use clap::{Args as _, CommandFactory as _};
+use singletrack::cli::Cli;
 use singletrack::config::Settings;
 
 use crate::support::process::singletrack;
@@ -13,11 +14,25 @@ use crate::support::process::singletrack;
 /// What depends on the machine, so that no default can be written down.
 const OF_THE_MACHINE: &str = "SINGLETRACK_WORKERS";
 
-/// Every variable that is read, in the order of the help.
+/// Every variable that the service reads, in the order of the help.
 fn variables() -> Vec<String> {
     let command = Settings::augment_args(clap::Command::new("any"));
-    let read = command.get_arguments().filter_map(|flag| Some(flag.get_env()?.to_str().unwrap().to_owned()));
-    ["DATABASE_URL".to_owned()].into_iter().chain(read).collect()
+    ["DATABASE_URL".to_owned()].into_iter().chain(of(&command)).collect()
+}
+
+/// The variables that the flags of a command mirror.
+fn of(command: &clap::Command) -> Vec<String> {
+    command.get_arguments().filter_map(|flag| Some(flag.get_env()?.to_str().unwrap().to_owned())).collect()
+}
+
+/// Every variable that the commands read which ask a service, with its default.
+fn of_clients() -> Vec<(String, &'static str)> {
+    let cli = Cli::command();
+    let apply = cli.find_subcommand("workflows").unwrap().find_subcommand("apply").unwrap();
+    assert_eq!(of(apply), ["SINGLETRACK_URL"]);
+    let help = apply.get_arguments().find(|flag| flag.get_id() == "url").unwrap().get_help().unwrap().to_string();
+    assert!(help.ends_with("[default: http://127.0.0.1:7410]"), "{help}");
+    vec![("SINGLETRACK_URL".into(), "http://127.0.0.1:7410"), ("SINGLETRACK_API_KEY".into(), "")]
 }
 
 /// `NAME=value` lines.
@@ -30,7 +45,10 @@ fn the_example_shows_every_variable_once_with_its_meaning_and_default() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".env.example");
     let text = fs::read_to_string(path).unwrap();
     let defaults = Settings::default().resolve(None).unwrap().to_string();
-    let defaults = pairs(&defaults);
+    let of_service = pairs(&defaults);
+    let of_clients = of_clients();
+    let mut defaults = of_service.clone();
+    defaults.extend(of_clients.iter().map(|(name, default)| (name.as_str(), *default)));
     let mut shown = Vec::new();
     let mut meaning = 0;
     for line in text.lines() {
@@ -54,8 +72,9 @@ fn the_example_shows_every_variable_once_with_its_meaning_and_default() {
             _ => meaning += 1,
         }
     }
-    assert_eq!(shown, variables(), "in the order of --help");
-    assert_eq!(defaults.len(), shown.len(), "and --print-config prints them all");
+    let read: Vec<String> = variables().into_iter().chain(of_clients.iter().map(|(name, _)| name.clone())).collect();
+    assert_eq!(shown, read, "in the order of --help");
+    assert_eq!(of_service.len() + of_clients.len(), shown.len(), "and --print-config prints those of the service");
 }
 
 #[test]
