@@ -267,6 +267,7 @@ pub(super) async fn finish(
     let db = api.db.clone();
     let work = async move { db.with(async |connection| settle(connection, &outcomes, None).await).await };
     let settled = to_its_end(work).await??;
+    api.look_again(); // a slot may have been handed on
     let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {

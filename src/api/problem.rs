@@ -44,8 +44,8 @@ pub(super) struct Problem {
     #[serde(skip_serializing_if = "Option::is_none")]
     detail: Option<Box<str>>,
     /// What is wrong with which part of the request.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    errors: Vec<Mistake>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    errors: Box<[Mistake]>,
     /// With `slot-taken`: the run that holds the slot. With `workflow-in-use`: a run that is not over. With `run-over` and
     /// `lease-lost`: the run itself. With `database-unavailable`: the run that may have been enqueued all the same; ask for
     /// it, or repeat the request.
@@ -102,7 +102,7 @@ impl Problem {
             title,
             status,
             detail: None,
-            errors: Vec::new(),
+            errors: Box::default(),
             run_id: None,
             holder: None,
             pause: None,
@@ -221,7 +221,7 @@ impl Problem {
         let detail = errors.iter().map(|mistake| format!("{}: {}", mistake.place.name(), mistake.detail));
         let detail = detail.collect::<Vec<_>>().join("; ");
         Self {
-            errors,
+            errors: errors.into(),
             ..Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "invalid-request",

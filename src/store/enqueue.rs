@@ -87,7 +87,6 @@ impl Request {
 
 /// What became of a request.
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "made once per request, and moved once")]
 pub enum Enqueued {
     /// It is there: it took the slot, waits for it, or is scheduled. Or the same request was accepted before, and this is
     /// what became of it.
@@ -167,6 +166,7 @@ pub async fn enqueue(
 }
 
 /// What the one statement over all requests found for one of them.
+#[expect(clippy::large_enum_variant, reason = "made once per request, and moved once")]
 enum Found {
     Decided(Enqueued),
     /// It takes more than one look.

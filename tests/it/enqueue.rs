@@ -117,7 +117,8 @@ async fn a_taken_slot_is_answered_with_the_run_that_holds_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_run_that_is_not_over_holds_the_slot() {
     let (test, replica) = idle().await;
-    for status in Status::ALL {
+    // One that waits for a free slot would be given it, by the next sweep.
+    for status in Status::ALL.into_iter().filter(|&status| status != Status::Waiting) {
         let workflow = format!("w-{}", status.as_str());
         plant::run(&test, &workflow, status).await;
         let answer = replica.client.enqueue(&workflow).await;

@@ -31,6 +31,8 @@ mod handlers;
 mod handover;
 mod heartbeats;
 mod http;
+mod keys;
+mod later;
 mod leases;
 mod legacy;
 mod openapi;

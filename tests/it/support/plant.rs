@@ -35,7 +35,7 @@ pub async fn run(test: &TestDb, workflow_id: &str, status: Status) -> Lease {
                                    run_at, available_at, attempt, fence, settled_fence, lease_secret, worker, started_at,
                                    finished_at, timeout_seconds, heartbeat_timeout_seconds)
             values ($1, $2, $2, 1, $3, 'command', 1, 'test',
-                    case when $3 = 'scheduled' then now() end, now(),
+                    case when $3 = 'scheduled' then now() + interval '1 hour' end, now(),
                     $4::int, case when $4 = 1 then nextval('run_fence') else 0 end,
                     case when $6 and $4 = 1 then currval('run_fence') end, $5,
                     case when $4 = 1 then 'planted' end, case when $4 = 1 then now() end,
