@@ -10,7 +10,7 @@ use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
 use crate::domain::{Definition, WorkflowId};
 use crate::store::Db;
-use crate::store::workflows::{self, Deleted, Revision};
+use crate::store::workflows::{self, Deleted, Revision, Workflow};
 
 const TAG: &str = "workflows";
 
@@ -21,15 +21,15 @@ const TAG: &str = "workflows";
     get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG, security((), ("api_key" = ["read"])),
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<Revision>), (status = 400, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Page<Workflow>), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Revision>>, Problem> {
+pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Workflow>>, Problem> {
     let wanted = Wanted::<(DateTime<Utc>, String)>::take(&mut params, &"workflows")?;
     params.finish(&["limit", "cursor"])?;
     let rows =
         db.with(async |connection| workflows::list(connection, wanted.after.clone(), wanted.rows()).await).await?;
-    let page = wanted.page(rows, |(defined, revision)| (*defined, revision.id.clone()));
-    Ok(axum::Json(page.map(|(_, revision)| revision)))
+    let page = wanted.page(rows, |(defined, workflow)| (*defined, workflow.revision.id.clone()));
+    Ok(axum::Json(page.map(|(_, workflow)| workflow)))
 }
 
 /// One workflow
@@ -39,9 +39,9 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
     get, path = "/api/v1/workflows/{id}", operation_id = "get_workflow",
     tag = TAG, security((), ("api_key" = ["read"])),
     params(("id" = String, Path, description = "Workflow id", example = "deploy")),
-    responses((status = 200, body = Revision), (status = 404, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Workflow), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<axum::Json<Revision>, Problem> {
+pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<axum::Json<Workflow>, Problem> {
     let found = db.with(async |connection| workflows::get(connection, &id).await).await?;
     found.map(axum::Json).ok_or_else(|| Problem::no_workflow(&id))
 }

@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Backoff, Definition, Executor, OnConflict, RetryOn, WorkflowId};
+use crate::domain::{Backoff, Definition, Executor, OnConflict, Pause, RetryOn, WorkflowId};
 
 /// One revision of a workflow: what it says, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -50,6 +50,16 @@ pub struct Revision {
     pub created_at: DateTime<Utc>,
     /// Who wrote it.
     pub created_by: String,
+}
+
+/// A workflow as it is now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Workflow {
+    /// What it says.
+    #[serde(flatten)]
+    pub revision: Revision,
+    /// Who paused it, when and why; null while it is not. Not that of its definition, where this is an instance.
+    pub pause: Option<Pause>,
 }
 
 /// What became of a PUT.
@@ -99,20 +109,21 @@ pub async fn put(
     }
 }
 
-/// The current revision of exactly this id.
-pub async fn get(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Revision>> {
-    let revision = sqlx::query_scalar!(
+/// The workflow of exactly this id.
+pub async fn get(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Workflow>> {
+    let workflow = sqlx::query_scalar!(
         r#"
-        select to_jsonb(v) || jsonb_build_object('id', v.workflow_id) as "revision!: Json<Revision>"
+        select to_jsonb(v) || jsonb_build_object('id', v.workflow_id, 'pause', p) as "workflow!: Json<Workflow>"
         from workflows w
         join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+        left join pauses p on p.kind = 'workflow' and p.name = w.id
         where w.id = $1 and w.deleted_at is null
         "#,
         id.as_str(),
     )
     .fetch_optional(connection)
     .await?;
-    Ok(revision.map(|revision| revision.0))
+    Ok(workflow.map(|workflow| workflow.0))
 }
 
 /// Whether runs of this id can be enqueued: it is defined, or it is an instance of what is.
@@ -132,13 +143,15 @@ pub async fn list(
     connection: &mut PgConnection,
     after: Option<(DateTime<Utc>, String)>,
     limit: i64,
-) -> sqlx::Result<Vec<(DateTime<Utc>, Revision)>> {
+) -> sqlx::Result<Vec<(DateTime<Utc>, Workflow)>> {
     let (after_at, after_id) = after.unzip();
     let rows = sqlx::query!(
         r#"
-        select w.created_at, to_jsonb(v) || jsonb_build_object('id', v.workflow_id) as "revision!: Json<Revision>"
+        select w.created_at,
+               to_jsonb(v) || jsonb_build_object('id', v.workflow_id, 'pause', p) as "workflow!: Json<Workflow>"
         from workflows w
         join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
+        left join pauses p on p.kind = 'workflow' and p.name = w.id
         where w.deleted_at is null and ($1::timestamptz is null or (w.created_at, w.id) < ($1, $2::text))
         order by w.created_at desc, w.id desc
         limit $3
@@ -149,7 +162,7 @@ pub async fn list(
     )
     .fetch_all(connection)
     .await?;
-    Ok(rows.into_iter().map(|row| (row.created_at, row.revision.0)).collect())
+    Ok(rows.into_iter().map(|row| (row.created_at, row.workflow.0)).collect())
 }
 
 /// At most `limit` revisions of an id, newest first, that come after revision `after`. Those of a deleted id too.

@@ -10,6 +10,7 @@
 mod support;
 
 mod apply;
+mod bulk;
 mod by_hand;
 mod cancel;
 mod cancelling;
@@ -37,6 +38,7 @@ mod leases;
 mod legacy;
 mod openapi;
 mod outage;
+mod pauses;
 mod printing;
 mod pull;
 mod pull_leases;

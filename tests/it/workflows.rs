@@ -53,7 +53,9 @@ async fn a_definition_is_created_changed_and_left_alone_when_it_says_the_same() 
     assert_eq!(client.put(PATH, spelled_out).await.body, created.body, "defaults say the same");
     let changed = client.put(PATH, running(&["false"])).await;
     assert_eq!((changed.status, &changed.body["revision"]), (200, &json!(2)));
-    assert_eq!(client.get(PATH).await.body, changed.body);
+    let mut current = client.get(PATH).await.body;
+    current.as_object_mut().unwrap().remove("pause");
+    assert_eq!(current, changed.body);
     let back = client.put(PATH, running(&["true"])).await;
     assert_eq!(back.body["revision"], 3, "revisions are never taken back");
     assert_eq!(revisions(client).await, [3, 2, 1]);
@@ -71,13 +73,14 @@ async fn what_is_read_can_be_put_again() {
         let path = format!("/api/v1/workflows/{id}");
         let created = client.put(&path, definition.clone()).await;
         assert_eq!(created.status, 201, "{created:?}");
-        let read = client.get(&path).await.body;
+        let mut read = client.get(&path).await.body;
+        assert_eq!(read.as_object_mut().unwrap().remove("pause"), Some(Value::Null));
         assert_eq!(read, created.body);
         for (name, value) in definition.as_object().unwrap() {
             assert_eq!(read[name], *value, "{name}");
         }
         let mut fields = read.as_object().unwrap().clone();
-        fields.retain(|name, _| !["id", "revision", "created_at", "created_by"].contains(&name.as_str()));
+        fields.retain(|name, _| !["id", "revision", "created_at", "created_by", "pause"].contains(&name.as_str()));
         let again = client.put(&path, Value::Object(fields)).await;
         assert_eq!((again.status, &again.body), (200, &read));
     }
