@@ -154,13 +154,22 @@ pub async fn enqueue(
         }
         open = undecided;
     }
-    if !closely.is_empty() {
-        // Those of one workflow stay in their order, and two batches lock in the same one.
-        closely.sort_by_key(|&index| (&requests[index].workflow_id, index));
-        let batch: Vec<&Request> = closely.iter().map(|&index| requests[index]).collect();
-        for (index, answer) in closely.into_iter().zip(look_closely(connection, &batch, repeated).await?) {
-            answers[index] = Some(answer);
+    // Those of one workflow stay in their order, and two batches lock in the same one.
+    closely.sort_by_key(|&index| (&requests[index].workflow_id, index));
+    for _ in 0..LOOKS {
+        if closely.is_empty() {
+            break;
         }
+        let batch: Vec<&Request> = closely.iter().map(|&index| requests[index]).collect();
+        let found = look_closely(connection, &batch, repeated).await?;
+        let mut undecided = Vec::new();
+        for (index, answer) in closely.into_iter().zip(found) {
+            match answer {
+                Some(answer) => answers[index] = Some(answer),
+                None => undecided.push(index),
+            }
+        }
+        closely = undecided;
     }
     Ok(answers.into_iter().map(|answer| answer.unwrap_or(Enqueued::Contended)).collect())
 }
@@ -216,12 +225,12 @@ async fn attempt(connection: &mut PgConnection, requests: &[&Request], repeated:
         .collect())
 }
 
-/// One by one, each with the holder locked where that is needed.
+/// One by one, each with the holder locked where that is needed; `None` where what it was refused for is over by now.
 async fn look_closely(
     connection: &mut PgConnection,
     requests: &[&Request],
     repeated: bool,
-) -> sqlx::Result<Vec<Enqueued>> {
+) -> sqlx::Result<Vec<Option<Enqueued>>> {
     let columns = Columns::of(requests);
     let rows = sqlx::query!(
         r#"
@@ -264,17 +273,17 @@ async fn look_closely(
     for (row, request) in rows.into_iter().zip(requests) {
         let run = row.run_id.and_then(|id| runs.get(&id)).cloned();
         answers.push(match (row.outcome.as_str(), run) {
-            ("existing", Some(run)) => Enqueued::Existing(run),
-            ("idempotency-mismatch", Some(run)) => Enqueued::KeyMismatch(run.id),
-            (_, Some(run)) => Enqueued::Accepted(run),
-            ("not-found", None) => Enqueued::UnknownWorkflow,
-            ("idempotency-in-flight", None) => Enqueued::KeyInFlight,
-            ("slot-taken", None) => holder(row.holder).map_or(Enqueued::Contended, Enqueued::SlotTaken),
-            ("too-many-waiting", None) => Enqueued::TooManyWaiting(holder(row.holder)),
-            ("workflow-paused", None) => pauses::of_workflow(connection, &request.workflow_id)
-                .await?
-                .map_or(Enqueued::Contended, Enqueued::Paused),
-            _ => Enqueued::Contended,
+            ("existing", Some(run)) => Some(Enqueued::Existing(run)),
+            ("idempotency-mismatch", Some(run)) => Some(Enqueued::KeyMismatch(run.id)),
+            (_, Some(run)) => Some(Enqueued::Accepted(run)),
+            ("not-found", None) => Some(Enqueued::UnknownWorkflow),
+            ("idempotency-in-flight", None) => Some(Enqueued::KeyInFlight),
+            ("slot-taken", None) => holder(row.holder).map(Enqueued::SlotTaken),
+            ("too-many-waiting", None) => Some(Enqueued::TooManyWaiting(holder(row.holder))),
+            ("workflow-paused", None) => {
+                pauses::of_workflow(connection, &request.workflow_id).await?.map(Enqueued::Paused)
+            }
+            _ => Some(Enqueued::Contended),
         });
     }
     Ok(answers)
