@@ -18,5 +18,5 @@ pub use outgoing::Outgoing;
 pub use policy::OnConflict;
 pub use retry::{Backoff, RetryOn};
 pub use run::{Holder, Lease, LogChunk, Pause, Run, StopCause, Stream};
-pub use status::{Event, Standing, Status, Transition};
+pub use status::{Event, Landing, Standing, Status, Transition};
 pub use workflow::{Definition, WorkflowId};

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Status;
 
 /// How one attempt ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// It did what it should.
     Succeeded,

@@ -1,11 +1,14 @@
 //! The statuses of a run, and the one table of how they change.
 //!
 //! ```text
-//!  scheduled ---+--> queued --claim--> running --settle--> succeeded | failed | timed_out | stale | cancelled
-//!  waiting -----+      |  ^               |
-//!                      |  +--release------+
-//!                      |  +--settle-------+   another attempt is due after the backoff; the run keeps its slot
-//!                      +--expire--> skipped, or as its last attempt ended
+//!  scheduled --due--+--> waiting --supersede--> skipped
+//!                   |       +--promote-+
+//!                   |                  v
+//!                   +---------------> queued --claim--> running --settle--> succeeded | failed | timed_out | stale | cancelled
+//!                   +--> skipped       |  ^               |
+//!                                      |  +--release------+
+//!                                      |  +--settle-------+   another attempt is due after the backoff; the run keeps its slot
+//!                                      +--expire--> skipped, or as its last attempt ended
 //! ```
 //!
 //! Who wins when a run is to be cancelled:
@@ -120,12 +123,29 @@ pub enum Event {
     Release,
     /// The attempt under the current lease is over.
     Settle(Verdict),
+    /// Its due time has come, and it meets the slot.
+    Due(Landing),
+    /// The slot it waits for is given to it.
+    Promote,
+    /// A newer run takes its place before all others.
+    Supersede,
     /// It stayed queued for longer than it may.
     Expire,
     /// Somebody asks for its end (`cancel_run`).
     Cancel,
     /// Somebody frees its slot whatever its process does (`force_release_run`).
     ForceRelease,
+}
+
+/// Where a scheduled run comes to be when it is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// It has the slot.
+    Slot,
+    /// It waits.
+    Line,
+    /// Neither its policy nor a pause lets it have the slot or wait.
+    Nowhere,
 }
 
 /// What an [`Event`] comes to.
@@ -156,6 +176,11 @@ pub fn transition(from: Status, standing: Standing, event: Event) -> Transition 
     use Status::*;
     use Transition::*;
     match (from, event) {
+        (Scheduled, Due(Landing::Slot)) => To(Queued),
+        (Scheduled, Due(Landing::Line)) => To(Waiting),
+        (Scheduled, Due(Landing::Nowhere)) => To(Skipped),
+        (Waiting, Promote) => To(Queued),
+        (Waiting, Supersede) => To(Skipped),
         (Queued, Claim) => To(Running),
         // What was never started has nothing to stop.
         (Running, Release) if standing.cancel_requested => To(Cancelled),

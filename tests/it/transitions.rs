@@ -3,10 +3,10 @@
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use singletrack::domain::status::transition;
-use singletrack::domain::{Event, Lease, Standing, Status, Transition, Verdict};
+use singletrack::domain::{Event, Landing, Lease, Standing, Status, Transition, Verdict};
 use singletrack::store::enqueue::Enqueued;
-use singletrack::store::reap;
 use singletrack::store::settle::Settled;
+use singletrack::store::{due, reap};
 use uuid::Uuid;
 
 use crate::support::calls::{attempts, claim_some, events, release_one, request, row, send, settle_one};
@@ -32,8 +32,17 @@ impl Seen {
 }
 
 fn every_event() -> Vec<Event> {
-    let others = [Event::Claim, Event::Release, Event::Expire, Event::Cancel, Event::ForceRelease];
-    others.into_iter().chain(Verdict::ALL.map(Event::Settle)).collect()
+    let others = [
+        Event::Claim,
+        Event::Release,
+        Event::Expire,
+        Event::Cancel,
+        Event::ForceRelease,
+        Event::Promote,
+        Event::Supersede,
+    ];
+    let due = [Landing::Slot, Landing::Line, Landing::Nowhere].map(Event::Due);
+    others.into_iter().chain(due).chain(Verdict::ALL.map(Event::Settle)).collect()
 }
 
 /// A database whose planted runs may have one attempt more than they had, or none.
@@ -93,6 +102,11 @@ async fn plant(test: &TestDb, workflow: &str, from: Status, standing: Standing) 
             lease
         }
     };
+    if from == Status::Waiting {
+        // Or nothing could supersede it.
+        change(test, "update test_runs set next_in_line = true, version = version + 1 where id = $1", lease.run_id)
+            .await;
+    }
     if standing.cancel_requested {
         assert_eq!(by_hand(test, "select cancel_run($1)", lease.run_id).await, "cancel-requested");
     }
@@ -103,8 +117,16 @@ async fn prove(test: &TestDb, from: Status, standing: Standing, event: Event) {
     let case = format!("{} with {event:?}, {standing:?}", from.as_str());
     let workflow = format!("case-{}", Uuid::new_v4().simple());
     let lease = plant(test, &workflow, from, standing).await;
+    if let (Status::Scheduled, Event::Due(landing)) = (from, event) {
+        let policy = if landing == Landing::Line { "wait" } else { "reject" };
+        let set = "update test_runs set on_conflict = $2, version = version + 1 where id = $1";
+        sqlx::query(set).bind(lease.run_id).bind(policy).execute(&test.sql).await.unwrap();
+        if landing != Landing::Slot {
+            plant::run(test, &workflow, Status::Queued).await;
+        }
+    }
     let before = Seen::now(test, lease.run_id).await;
-    let taken = fire(test, event, lease).await;
+    let taken = fire(test, event, &workflow, lease).await;
     let after = Seen::now(test, lease.run_id).await;
 
     match transition(from, standing, event) {
@@ -125,16 +147,36 @@ async fn prove(test: &TestDb, from: Status, standing: Standing, event: Event) {
         }
     }
     // Out of the way of the next case, which claims and expires whatever is due.
-    by_hand(test, "select cancel_run($1)", lease.run_id).await;
-    by_hand(test, "select force_release_run($1, 'the case is over')", lease.run_id).await;
+    for end in [
+        "select cancel_run(id) from test_runs where workflow_id = $1 and finished_at is null",
+        "select force_release_run(id, 'the case is over') from test_runs where workflow_id = $1 and finished_at is null",
+    ] {
+        sqlx::query(end).bind(&workflow).execute(&test.sql).await.unwrap();
+    }
 }
 
 /// Fires an event the way the service does; whether it says that it took effect.
-async fn fire(test: &TestDb, event: Event, lease: Lease) -> bool {
+async fn fire(test: &TestDb, event: Event, workflow: &str, lease: Lease) -> bool {
     match event {
         Event::Claim => claim_some(&test.db, 100).await.unwrap().iter().any(|claimed| claimed.run.id == lease.run_id),
         Event::Release => release_one(&test.db, lease).await,
         Event::Settle(verdict) => matches!(settle_one(&test.db, lease, verdict).await, Settled::Recorded(_)),
+        Event::Due(_) => {
+            let runs = [lease.run_id];
+            let started = test.db.with(async |connection| due::start(connection, &runs).await).await.unwrap();
+            started == runs
+        }
+        Event::Promote => {
+            let promote = "select promote($1)";
+            let promoted: Option<Uuid> = sqlx::query_scalar(promote).bind(workflow).fetch_one(&test.sql).await.unwrap();
+            promoted == Some(lease.run_id)
+        }
+        Event::Supersede => {
+            // By a run, and for a holder, that play no part.
+            let replace = "select replace_holder(gen_random_uuid(), $1, gen_random_uuid(), 'test')";
+            sqlx::query(replace).bind(workflow).execute(&test.sql).await.unwrap();
+            row(&test.sql, lease.run_id).await["reason"] == "superseded"
+        }
         Event::Expire => {
             let runs = [lease.run_id];
             let expired = test.db.with(async |connection| reap::expire(connection, 0, &runs).await).await.unwrap();
@@ -146,6 +188,10 @@ async fn fire(test: &TestDb, event: Event, lease: Lease) -> bool {
         }
         Event::ForceRelease => by_hand(test, "select force_release_run($1, 'x')", lease.run_id).await == "released",
     }
+}
+
+async fn change(test: &TestDb, statement: &'static str, run_id: Uuid) {
+    sqlx::query(statement).bind(run_id).execute(&test.sql).await.unwrap();
 }
 
 async fn by_hand(test: &TestDb, statement: &'static str, run_id: Uuid) -> String {
@@ -179,6 +225,8 @@ fn assert_moved(case: &str, before: &Seen, after: &Seen, (from, event, to): (Sta
     let actor = match event {
         Event::Expire => "reaper",
         Event::Cancel | Event::ForceRelease => "singletrack",
+        Event::Due(_) => "scheduler",
+        Event::Promote => "promoter",
         _ => "test",
     };
     assert_eq!(event_row["actor"], actor, "{case}");
@@ -198,6 +246,8 @@ fn reason(before: &Seen, event: Event, to: Status) -> Value {
     match (event, to) {
         (Event::Expire, _) => json!("expired"),
         (Event::ForceRelease, _) => json!("forced"),
+        (Event::Supersede, _) => json!("superseded"),
+        (Event::Due(Landing::Nowhere), _) => json!("conflict"),
         (Event::Cancel, _) | (Event::Release, Status::Cancelled) => json!("requested"),
         (Event::Settle(_), Status::Cancelled) if before.row["cancel_requested_at"].is_string() => json!("requested"),
         (Event::Settle(_), Status::Cancelled) => json!("by_worker"),
@@ -206,7 +256,7 @@ fn reason(before: &Seen, event: Event, to: Status) -> Value {
     }
 }
 
-/// A run that is queued again is nobody's, and due at once, or after the wait of the default backoff.
+/// A run that is queued is nobody's, and due at once, or after the wait of the default backoff.
 fn assert_unclaimed(case: &str, before: &Seen, after: &Seen, event: Event) {
     for column in ["worker", "claim_id", "claim_position", "lease_secret", "finished_at"] {
         assert_eq!(after.row[column], Value::Null, "{case}: {column}");
@@ -217,6 +267,10 @@ fn assert_unclaimed(case: &str, before: &Seen, after: &Seen, event: Event) {
     }
     let at = |value: &Value| -> DateTime<Utc> { serde_json::from_value(value.clone()).unwrap() };
     let wait = at(&after.row["available_at"]) - at(&after.events.last().unwrap()["at"]);
+    if !matches!(event, Event::Settle(_)) {
+        assert!(wait.is_zero(), "{case}: {wait}");
+        return;
+    }
     assert!((4_000..=6_000).contains(&wait.num_milliseconds()), "{case}: 5 s, more or less by a fifth: {wait}");
 }
 
