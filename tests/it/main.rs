@@ -9,6 +9,9 @@
 
 mod support;
 
+#[path = "../model/mod.rs"]
+mod model;
+
 mod apply;
 mod bulk;
 mod by_hand;
@@ -39,7 +42,9 @@ mod legacy;
 mod openapi;
 mod outage;
 mod pauses;
+mod policies;
 mod printing;
+mod properties;
 mod pull;
 mod pull_leases;
 mod races;
