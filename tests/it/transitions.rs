@@ -119,7 +119,7 @@ async fn prove(test: &TestDb, from: Status, standing: Standing, event: Event) {
     let lease = plant(test, &workflow, from, standing).await;
     if let (Status::Scheduled, Event::Due(landing)) = (from, event) {
         let policy = if landing == Landing::Line { "wait" } else { "reject" };
-        let set = "update test_runs set on_conflict = $2, version = version + 1 where id = $1";
+        let set = "update test_runs set on_conflict = $2, run_at = now(), version = version + 1 where id = $1";
         sqlx::query(set).bind(lease.run_id).bind(policy).execute(&test.sql).await.unwrap();
         if landing != Landing::Slot {
             plant::run(test, &workflow, Status::Queued).await;
