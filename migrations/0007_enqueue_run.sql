@@ -50,7 +50,8 @@ begin
     end if;
 
     if idempotency_key is not null then
-        print := sha256(convert_to(jsonb_build_array(input, enqueue_run_as.on_conflict, priority, run_at, delay_seconds,
+        -- The time as a number: as a text it would be another one in each session's time zone.
+        print := sha256(convert_to(jsonb_build_array(input, enqueue_run_as.on_conflict, priority, extract(epoch from run_at), delay_seconds,
                                                      coalesce(labels, '{}'), max_attempts, rerun_of)::text, 'UTF8'));
         loop
             begin

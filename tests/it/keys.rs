@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use singletrack::domain::OnConflict;
 use singletrack::store::enqueue::{Enqueued, Key, Request};
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
 use crate::support::calls::{cancel, request, send};
 use crate::support::database::TestDb;
@@ -58,6 +59,20 @@ async fn a_refusal_is_not_kept_and_a_joined_run_is() {
     assert_eq!(accepted.status, 202, "what was refused under the key before is asked anew");
     let kept: i64 = sqlx::query_scalar("select count(*) from idempotency_keys").fetch_one(&test.sql).await.unwrap();
     assert_eq!(kept, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_request_is_known_again_in_a_session_of_another_time_zone() {
+    let (test, replica) = idle().await;
+    let first = with_key(&replica.client, "w", "k", json!({"run_at": "2100-01-01T00:00:00Z"})).await;
+    assert_eq!(first.status, 202, "{first:?}");
+    for zone in ["UTC", "Asia/Tokyo"] {
+        let mut session = test.sql.acquire().await.unwrap();
+        sqlx::query("select set_config('TimeZone', $1, false)").bind(zone).execute(&mut *session).await.unwrap();
+        let again = "select run_id from enqueue_run('w', idempotency_key => 'k', run_at => '2100-01-01 00:00:00+00')";
+        let again: Uuid = sqlx::query_scalar(again).fetch_one(&mut *session).await.unwrap();
+        assert_eq!(again, first.run_id(), "{zone}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
