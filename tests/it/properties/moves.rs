@@ -9,8 +9,8 @@ use singletrack::domain::{Status, Verdict};
 use crate::model::{Action, Definition, Lease, Name, Pausable, Policy, Request, Run, RunNo, State};
 use crate::support::subject::Entrance;
 
-/// An instance, its definition, and a workflow of its own that has another queue and other rules.
-pub const WORKFLOWS: [Name; 3] = ["a", "a@x", "b"];
+/// A definition, an instance of it, and one that has a definition of its own, with other rules and in another queue.
+pub const WORKFLOWS: [Name; 3] = ["a", "a@x", "a@y"];
 /// Every policy.
 pub const POLICIES: [Policy; 4] = [Policy::Reject, Policy::ReturnExisting, Policy::Wait, Policy::Replace];
 const QUEUES: [Name; 2] = ["q", "r"];
@@ -18,8 +18,8 @@ const QUEUES: [Name; 2] = ["q", "r"];
 /// What the workflows of all sequences say.
 pub fn definitions() -> [(Name, Definition); 2] {
     let a = Definition { on_conflict: Policy::Reject, max_waiting: 2, max_attempts: 2, queue: "q", pull: true };
-    let b = Definition { on_conflict: Policy::Wait, max_waiting: 1, max_attempts: 1, queue: "r", pull: false };
-    [("a", a), ("b", b)]
+    let own = Definition { on_conflict: Policy::Wait, max_waiting: 1, max_attempts: 1, queue: "r", pull: false };
+    [("a", a), ("a@y", own)]
 }
 
 /// A way to choose a run before it is known which ones there will be.

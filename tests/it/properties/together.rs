@@ -142,7 +142,7 @@ impl Client {
                     });
                 }
                 Answer::WorkflowPaused => {
-                    assert!(workflow != "b" && request.policy != Some(Policy::Wait), "{request:?}")
+                    assert!(workflow != "a@y" && request.policy != Some(Policy::Wait), "{request:?}")
                 }
                 Answer::TooManyWaiting => assert_eq!(request.policy, Some(Policy::Wait), "{request:?}"),
                 other => panic!("{through:?}: {request:?}: {other:?}"),
@@ -222,7 +222,7 @@ impl Client {
         }
     }
 
-    /// Never of `b`.
+    /// Never of `a@y`, which is not paused with `a` either.
     async fn pause(&mut self, through: Entrance) {
         let workflow = ["a", "a@x"].choose(&mut rand::rng()).unwrap();
         let what = Pausable::Workflow(workflow);
