@@ -82,14 +82,14 @@ comment on column workflow_schedules.next_at is 'The next tick to fire; null unt
 
 create table workflow_figures (
     workflow_id     text             not null,
-    typical_seconds double precision not null,
+    typical_seconds double precision,
     computed_at     timestamptz      not null default now(),
 
     constraint workflow_figures_pkey primary key (workflow_id)
 );
 comment on table workflow_figures is 'What is worked out from a workflow''s history now and then, so that nobody has to while a caller waits.';
 comment on column workflow_figures.workflow_id is 'The full workflow id.';
-comment on column workflow_figures.typical_seconds is 'Median duration of its last 20 succeeded runs, in seconds.';
+comment on column workflow_figures.typical_seconds is 'Median duration of its last 20 succeeded runs among its last 500, in seconds; null where none succeeded.';
 comment on column workflow_figures.computed_at is 'When.';
 
 create table workers (
@@ -102,11 +102,11 @@ create table workers (
     constraint workers_pkey primary key (name)
 );
 comment on table workers is 'Who asks for runs to execute: replicas and pull workers. A row is removed when its worker stops, or was not seen for a day.';
-comment on column workers.name is 'As in worker of test_runs.';
+comment on column workers.name is 'As in worker of test_runs. One name has one subscription: the last that was told.';
 comment on column workers.executor_types is 'The kinds of runs it takes.';
 comment on column workers.queues is 'The queues it serves; null for all.';
 comment on column workers.workflows is 'The workflows, or definitions, it takes runs of; null for all.';
-comment on column workers.seen_at is 'When it last asked, to within a few seconds; a replica tells with each heartbeat.';
+comment on column workers.seen_at is 'When it last asked for runs, or had a heartbeat of one, to within half a minute.';
 
 -- Who holds which slot, with all that a refused caller needs to know.
 create view slot_holders as
@@ -193,4 +193,8 @@ begin
     end loop;
 end $$;
 comment on function record_refusals(uuid[], text[], bigint[], timestamptz[], timestamptz[]) is 'Adds to run_refusals what a replica has counted.';
+comment on table run_refusals is
+    'Requests over HTTP that were refused, or joined to a run, because it held the slot; at most 20 rows per run. Counted in memory and '
+    'written within about a second, never twice: what a replica counted since is lost when it is killed, or when its connection breaks '
+    'while it writes. Refusals of enqueue_run are not counted: a refusal writes nothing.';
 comment on column run_refusals.requester is 'Who asked; empty for all beyond the first 19 together.';

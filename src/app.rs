@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{self, Api, Facts, Terms};
+use crate::api::{self, Api, Facts, LAST_NOTES, Terms};
 use crate::config::{Config, MARGIN, Migrate};
 use crate::domain::StopCause;
 use crate::engine::heartbeat::Held;
@@ -134,6 +134,7 @@ pub async fn run(
         wake: ctx.wake.clone(),
         wake_pull: Arc::new(Notify::new()),
         draining: stop.draining.clone(),
+        notes: Arc::default(),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
@@ -148,13 +149,19 @@ pub async fn run(
             config.idempotency_ttl,
         )),
     };
+    let mut parts = Parts::default();
+    let over = CancellationToken::new();
+    parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
         Role::Worker => api::probes_router(api),
     };
     let server = axum_server::Handle::new();
-    let mut parts = Parts::default();
-    parts.spawn("api", serve(listener, router, server.clone()));
+    let serving = serve(listener, router, server.clone());
+    parts.spawn("api", async move {
+        let _over = over.drop_guard();
+        serving.await;
+    });
     tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
     work(&config, &options, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
 }
@@ -215,7 +222,9 @@ async fn work(
     parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
     parts.spawn("due runs", engine::start_due(ctx.clone(), done.clone()));
     parts.spawn("sweeper", engine::sweep(ctx.clone(), config.reaper.interval, done.clone()));
+    parts.spawn("chores", engine::do_chores(ctx.clone(), config.reaper.interval, done.clone()));
     if config.worker.capacity > 0 {
+        parts.spawn("presence", engine::be_present(ctx.clone(), done.clone()));
         // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
         parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));
         parts.spawn("listener", engine::listen(ctx.clone(), options.clone(), done.clone()));
@@ -233,7 +242,7 @@ async fn work(
     drain(&ctx, config.worker.drain_timeout, config.worker.kill_grace).await;
     done.cancel();
     last();
-    parts.all_ended(LAST_REQUESTS + Duration::from_secs(1)).await;
+    parts.all_ended(LAST_REQUESTS + LAST_NOTES + Duration::from_secs(1)).await;
     ctx.db.close().await;
     ctx.lease_db.close().await;
     tracing::info!("stopped");

@@ -17,6 +17,7 @@ use crate::domain::workflow::check_queue;
 use crate::domain::{Run, WorkflowId};
 use crate::store;
 use crate::store::claim::{Claim, Claimed, claim as claim_runs};
+use crate::store::workers::Subscription;
 
 /// How often a claim that waits looks for runs, at most; for those that its own replica enqueues it is woken.
 const POLL: Duration = Duration::from_secs(1);
@@ -72,6 +73,14 @@ impl NewClaim {
         };
         let mistakes: Vec<_> = checks.into_iter().filter_map(mistake).collect();
         if mistakes.is_empty() { Ok(()) } else { Err(Problem::invalid(mistakes)) }
+    }
+
+    fn subscription(&self) -> Subscription {
+        Subscription {
+            executor_types: vec!["pull".to_owned()],
+            queues: self.queues.clone(),
+            workflows: self.workflows.clone(),
+        }
     }
 }
 
@@ -159,10 +168,12 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
     let place = api.facts.claimants.try_acquire();
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
     let wanted = Arc::new(wanted);
+    let subscription = wanted.subscription();
     while !api.draining.is_cancelled() {
         // Listening before it looks, or it would miss what is enqueued in between.
         let mut woken = pin!(api.wake_pull.notified());
         woken.as_mut().enable();
+        api.notes.presence.seen(&wanted.worker, &subscription);
         let claimed = take(&api, &wanted).await?;
         let left = wait.saturating_sub(since.elapsed());
         if !claimed.is_empty() || left.is_zero() {

@@ -210,8 +210,14 @@ fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>
             tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, status = run.status.as_str(), "enqueued");
             Ok(Started::Accepted(run))
         }
-        Ok(Enqueued::Existing(run)) => Ok(Started::Existing(run)),
-        Ok(Enqueued::SlotTaken(holder)) => Err(Problem::slot_taken(holder)),
+        Ok(Enqueued::Existing(run)) => {
+            api.notes.refusals.count(run.id, &request.requested_by);
+            Ok(Started::Existing(run))
+        }
+        Ok(Enqueued::SlotTaken(holder)) => {
+            api.notes.refusals.count(holder.run_id, &request.requested_by);
+            Err(Problem::slot_taken(holder))
+        }
         Ok(Enqueued::Paused(pause)) => Err(Problem::workflow_paused(pause)),
         Ok(Enqueued::TooManyWaiting(holder)) => Err(Problem::too_many_waiting(holder)),
         Ok(Enqueued::UnknownWorkflow) => Err(Problem::no_workflow(&request.workflow_id)),

@@ -9,10 +9,13 @@ mod guard;
 mod health;
 mod leases;
 mod legacy;
+mod notes;
 mod openapi;
 mod page;
 mod pauses;
+mod presence;
 mod problem;
+mod refusals;
 mod runs;
 mod workflows;
 
@@ -38,6 +41,7 @@ use uuid::Uuid;
 use crate::domain::Run;
 use crate::store::Db;
 
+pub use notes::{LAST_NOTES, Notes, keep_notes};
 pub use openapi::document;
 
 /// Longest body of a request, in bytes.
@@ -58,6 +62,8 @@ pub struct Api {
     pub wake_pull: Arc<Notify>,
     /// Cancelled when the replica begins to stop.
     pub draining: CancellationToken,
+    /// What requests leave in memory until [`keep_notes`] writes it down.
+    pub notes: Arc<Notes>,
     /// What never changes while it runs.
     pub facts: Arc<Facts>,
 }
@@ -158,6 +164,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(routes!(runs::get))
         .routes(routes!(runs::attempts))
         .routes(routes!(runs::events))
+        .routes(routes!(runs::refusals))
         .routes(routes!(runs::logs))
         // workers in any language
         .routes(routes!(claims::claim))

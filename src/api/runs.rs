@@ -19,6 +19,7 @@ use super::problem::{Place, Problem};
 use crate::domain::{Run, Status, Stream, WorkflowId};
 use crate::store::Db;
 use crate::store::logs::{self, LogEntry};
+use crate::store::refusals::{self, Refusals};
 use crate::store::runs::{self, Attempt, Filter, RunEvent};
 
 const TAG: &str = "runs";
@@ -229,6 +230,25 @@ pub(super) async fn events(
     let after = wanted.after.unwrap_or(0);
     let rows = db.with(async |connection| runs::events(connection, id, after, wanted.rows()).await).await?;
     Ok(axum::Json(wanted.page(rows, |event| event.seq)))
+}
+
+/// Refusals of a run
+///
+/// Who was refused, or was given this run, because it held the slot: the most frequent first. The first 19 requesters have a row each,
+/// and all the others one together, last, without a name. Counted up to a second ago, and requests over HTTP only.
+#[utoipa::path(
+    get, path = "/api/v1/runs/{id}/refusals", operation_id = "list_refusals",
+    tag = TAG, security((), ("api_key" = ["read"])),
+    params(("id" = Uuid, Path, description = "Run id")),
+    responses((status = 200, body = Whole<Refusals>, description = "20 at most"), (status = 404, body = Problem),
+              (status = 422, body = Problem), (status = 503, body = Problem)))]
+pub(super) async fn refusals(
+    State(db): State<Db>,
+    Id(RunId(id)): Id<RunId>,
+) -> Result<axum::Json<Whole<Refusals>>, Problem> {
+    read(&db, id).await?;
+    let items = db.with(async |connection| refusals::of(connection, id).await).await?;
+    Ok(axum::Json(Whole { items }))
 }
 
 /// A number, with a better word for what is wrong than the parser has.

@@ -6,6 +6,7 @@ use super::{Ctx, Next, attempt};
 use crate::executor::boottime::Boottime;
 use crate::store;
 use crate::store::claim::{Claim, Claimed, claim, release, strays};
+use crate::store::workers::Subscription;
 
 /// How long a claim whose answer was lost may still be carried out: the server ends a statement before that.
 const LOST_CLAIM: Duration = Duration::from_secs(10);
@@ -85,13 +86,10 @@ impl Dispatcher {
 /// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
 /// with the wait for that one taken off its lease.
 async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store::Error> {
-    let (executor_types, workflows) = match &ctx.handlers {
-        Some(handlers) => (vec!["handler".to_owned()], Some(handlers.workflows())),
-        None => (vec!["command".to_owned(), "http".to_owned()], None),
-    };
+    let Subscription { executor_types, queues, workflows } = ctx.subscription();
     let request = Claim {
         worker: &ctx.name,
-        queues: ctx.worker.queues.as_deref(),
+        queues: queues.as_deref(),
         executor_types: &executor_types,
         workflows: workflows.as_deref(),
         claim_id: None,

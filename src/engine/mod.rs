@@ -5,10 +5,12 @@
 
 mod apart;
 mod attempt;
+pub mod chores;
 pub mod dispatcher;
 mod execute;
 pub mod heartbeat;
 pub mod listener;
+pub mod presence;
 pub mod reaper;
 pub mod sweeper;
 
@@ -25,6 +27,7 @@ use crate::config;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
 use crate::store::Db;
+use crate::store::workers::Subscription;
 use heartbeat::Held;
 
 /// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
@@ -32,6 +35,9 @@ const POLL: Duration = Duration::from_millis(500);
 
 /// How often leases are looked at for running out; well within the margin they leave.
 const FENCE_TICK: Duration = Duration::from_millis(200);
+
+/// How often a replica tells that it asks for runs, at most; one that did not for a minute is not counted on.
+const TELL: Duration = Duration::from_secs(15);
 
 /// How long a listener whose connection broke waits before it tries again.
 const LISTEN_AGAIN: Duration = Duration::from_secs(1);
@@ -65,6 +71,17 @@ pub struct Ctx {
     pub draining: CancellationToken,
     /// Stop what runs: the time to drain is over.
     pub hurry: CancellationToken,
+}
+
+impl Ctx {
+    /// The runs this worker asks for.
+    fn subscription(&self) -> Subscription {
+        let (executor_types, workflows) = match &self.handlers {
+            Some(handlers) => (vec!["handler".to_owned()], Some(handlers.workflows())),
+            None => (vec!["command".to_owned(), "http".to_owned()], None),
+        };
+        Subscription { executor_types, queues: self.worker.queues.clone(), workflows }
+    }
 }
 
 /// Whether there was more to do than one pass did.
@@ -139,6 +156,28 @@ pub async fn listen(ctx: Ctx, options: PgConnectOptions, stop: CancellationToken
     }
 }
 
+/// Tells that this replica asks for runs until draining; then that it does not any more. Tries that at least once, and until
+/// `stop`.
+pub async fn be_present(ctx: Ctx, stop: CancellationToken) {
+    let interval = ctx.worker.heartbeat_interval.min(TELL);
+    while !ctx.draining.is_cancelled() {
+        if let Err(error) = presence::pass(&ctx).await {
+            tracing::warn!(%error, "can't tell that this worker is here; trying again");
+        }
+        tokio::select! {
+            () = ctx.draining.cancelled() => {}
+            () = sleep(jittered(interval)) => {}
+        }
+    }
+    while let Err(error) = presence::leave(&ctx).await {
+        tracing::warn!(%error, "can't tell that this worker is leaving; trying again");
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(jittered(POLL)) => {}
+        }
+    }
+}
+
 /// Ends attempts whose lease is about to run out, until `stop`. Apart from the renewals, which may hang for longer than
 /// there is time; and by short sleeps, because the sleep of a suspended machine does not advance and the lease does.
 pub async fn fence_off(ctx: Ctx, stop: CancellationToken) {
@@ -202,6 +241,24 @@ pub async fn sweep(ctx: Ctx, interval: Duration, stop: CancellationToken) {
         tokio::select! {
             () = stop.cancelled() => return,
             () = sleep(jittered(interval)) => {}
+        }
+    }
+}
+
+/// Keeps what refusals say good until `stop`.
+pub async fn do_chores(ctx: Ctx, interval: Duration, stop: CancellationToken) {
+    loop {
+        let rest = match chores::pass(&ctx.db).await {
+            Ok(report) if report.next == Next::Again => Duration::ZERO,
+            Ok(_) => jittered(interval),
+            Err(error) => {
+                tracing::warn!(%error, "can't keep figures and workers; trying again");
+                jittered(interval)
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(rest) => {}
         }
     }
 }

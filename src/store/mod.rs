@@ -9,13 +9,16 @@ pub mod claim;
 pub mod control;
 pub mod due;
 pub mod enqueue;
+pub mod figures;
 pub mod logs;
 pub mod migrate;
 pub mod notify;
 pub mod pauses;
 pub mod reap;
+pub mod refusals;
 pub mod runs;
 pub mod settle;
+pub mod workers;
 pub mod workflows;
 
 use std::time::Duration;

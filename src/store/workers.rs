@@ -1,0 +1,82 @@
+//! Who asks for runs to execute: what a slot's holder waits for, or waits for in vain.
+
+use sqlx::PgConnection;
+
+/// What a worker takes.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Subscription {
+    /// The kinds of runs.
+    pub executor_types: Vec<String>,
+    /// The queues; `None` for all.
+    pub queues: Option<Vec<String>>,
+    /// The workflows, or definitions; `None` for all.
+    pub workflows: Option<Vec<String>>,
+}
+
+/// Writes down that these workers were seen just now, by their names, and what they take. A name has one subscription, the last
+/// that was told.
+pub async fn seen(connection: &mut PgConnection, workers: &[(String, Subscription)]) -> sqlx::Result<()> {
+    // Arrays of arrays must be rectangular: as JSON they need not be.
+    let workers: Vec<serde_json::Value> = workers
+        .iter()
+        .map(|(name, Subscription { executor_types, queues, workflows })| {
+            serde_json::json!({"name": name, "executor_types": executor_types, "queues": queues, "workflows": workflows})
+        })
+        .collect();
+    sqlx::query!(
+        "insert into workers as w (name, executor_types, queues, workflows, seen_at)
+         select s.name, s.executor_types, s.queues, s.workflows, now()
+         from unnest($1::jsonb[]) as t (told)
+         cross join lateral jsonb_to_record(t.told) as s (name text, executor_types text[], queues text[], workflows text[])
+         order by s.name
+         on conflict (name) do update
+         set executor_types = excluded.executor_types, queues = excluded.queues, workflows = excluded.workflows,
+             seen_at = excluded.seen_at",
+        &workers,
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Forgets a worker that has stopped.
+pub async fn gone(connection: &mut PgConnection, name: &str) -> sqlx::Result<()> {
+    sqlx::query!("delete from workers where name = $1", name).execute(connection).await?;
+    Ok(())
+}
+
+/// Keeps pull workers in sight that do not ask for runs because they work on one. They are seen by its heartbeats, which
+/// write to no table that somebody else may have locked.
+pub async fn keep_busy_ones(connection: &mut PgConnection) -> sqlx::Result<u64> {
+    let done = sqlx::query!(
+        "update workers w
+         set seen_at = now()
+         where w.seen_at between now() - interval '1 minute' and now() - interval '20 seconds'
+           and w.name in (
+               select r.worker
+               from test_runs r
+               join run_leases l on l.run_id = r.id and l.fence = r.fence
+               where r.status = 'running' and r.executor_type = 'pull' and l.held_until is null
+                 and l.heartbeat_at > now() - interval '1 minute')"
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
+
+/// Forgets at most `limit` workers that were not seen for a day.
+pub async fn sweep(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u64> {
+    let done = sqlx::query!(
+        "delete from workers
+         where name in (
+             select name from workers
+             where seen_at < now() - interval '1 day'
+             order by name
+             limit $1
+             for update skip locked)",
+        limit,
+    )
+    .execute(connection)
+    .await?;
+    Ok(done.rows_affected())
+}
