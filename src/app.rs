@@ -133,6 +133,7 @@ pub async fn run(
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),
         wake_pull: Arc::new(Notify::new()),
+        wake_scheduler: ctx.wake_scheduler.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
         facts: Arc::new(Facts::new(
@@ -220,6 +221,7 @@ async fn work(
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
     let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
     parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
+    parts.spawn("scheduler", engine::follow_schedules(ctx.clone(), done.clone()));
     parts.spawn("due runs", engine::start_due(ctx.clone(), done.clone()));
     parts.spawn("sweeper", engine::sweep(ctx.clone(), config.reaper.interval, done.clone()));
     parts.spawn("chores", engine::do_chores(ctx.clone(), config.reaper.interval, done.clone()));
@@ -272,6 +274,7 @@ fn context(
         http: Arc::new(http::Client::new(&worker.outgoing).context("can't set up the client of http executors")?),
         callback_url: format!("{}/api/v1/leases/finish", public_url.trim_end_matches('/')).into(),
         wake: Arc::new(Notify::new()),
+        wake_scheduler: Arc::new(Notify::new()),
         held: Arc::new(Held::default()),
         capacity: Arc::new(Semaphore::new(worker.capacity)),
         attempts: TaskTracker::new(),

@@ -17,6 +17,7 @@ mod presence;
 mod problem;
 mod refusals;
 mod runs;
+mod schedules;
 mod workflows;
 
 use std::net::SocketAddr;
@@ -60,6 +61,8 @@ pub struct Api {
     pub wake: Arc<Notify>,
     /// Told when something was enqueued that is claimed over HTTP.
     pub wake_pull: Arc<Notify>,
+    /// Told when a workflow with a schedule was defined.
+    pub wake_scheduler: Arc<Notify>,
     /// Cancelled when the replica begins to stop.
     pub draining: CancellationToken,
     /// What requests leave in memory until [`keep_notes`] writes it down.
@@ -145,6 +148,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(routes!(workflows::list))
         .routes(routes!(workflows::get, workflows::put, workflows::delete))
         .routes(routes!(workflows::revisions))
+        .routes(routes!(schedules::next))
         // whoever starts runs
         .routes(routes!(enqueue::enqueue))
         .merge(OpenApiRouter::new().routes(routes!(enqueue::batch)).layer(DefaultBodyLimit::max(BATCH_LIMIT)))

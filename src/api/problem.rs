@@ -207,6 +207,12 @@ impl Problem {
         }
     }
 
+    pub(super) fn no_schedule(id: &WorkflowId) -> Self {
+        Self::not_found(&format!(
+            "Workflow `{id}` has no schedule. PUT /api/v1/workflows/{id} with `schedule` gives it one."
+        ))
+    }
+
     pub(super) fn no_workflow(id: &WorkflowId) -> Self {
         let base = id.definition();
         if base == id.as_str() {

@@ -80,11 +80,15 @@ pub(super) async fn put(
         let errors = mistakes.into_iter().map(|(pointer, detail)| Mistake { place: Place::Pointer(pointer), detail });
         return Err(Problem::invalid(errors.collect()));
     }
+    let (db, has_schedule) = (api.db.clone(), definition.schedule.is_some());
     let put = to_its_end(async move {
-        api.db.with(async |connection| workflows::put(connection, &id, &definition, &actor).await).await
+        db.with(async |connection| workflows::put(connection, &id, &definition, &actor).await).await
     })
     .await??;
     tracing::info!(workflow.id = put.revision.id, workflow.revision = put.revision.revision, "workflow defined");
+    if has_schedule {
+        api.wake_scheduler.notify_one();
+    }
     Ok((if put.created { StatusCode::CREATED } else { StatusCode::OK }, axum::Json(put.revision)))
 }
 

@@ -25,6 +25,13 @@ pub(super) fn object<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserialize
     Object::deserialize(deserializer).map(|Object(value)| value)
 }
 
+/// For `deserialize_with`, where there may be none.
+pub(super) fn maybe_object<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    Option::deserialize(deserializer).map(|given: Option<Object<T>>| given.map(|Object(value)| value))
+}
+
 struct Members<T>(PhantomData<T>);
 
 impl<'de, T: Deserialize<'de>> Visitor<'de> for Members<T> {

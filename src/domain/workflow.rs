@@ -6,9 +6,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::executor::Executor;
-use super::object::object;
+use super::object::{maybe_object, object};
 use super::policy::OnConflict;
 use super::retry::{Backoff, RetryOn, check_max_attempts};
+use super::schedule::Schedule;
 
 /// A workflow id, or an instance of one (`deploy@prod`); each has its own slot. Can only be made by parsing.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -144,6 +145,9 @@ pub struct Definition {
     /// Labels its runs start with.
     #[serde(default)]
     pub labels: BTreeMap<String, String>,
+    /// When it runs by itself; without it, never.
+    #[serde(default, deserialize_with = "maybe_object")]
+    pub schedule: Option<Schedule>,
 }
 
 fn one() -> i32 {
@@ -178,6 +182,9 @@ impl Definition {
         check("/max_attempts", check_max_attempts(self.max_attempts));
         for (member, mistake) in self.backoff.mistakes() {
             check(&format!("/backoff/{member}"), Err(mistake));
+        }
+        for (member, mistake) in self.schedule.iter().flat_map(Schedule::mistakes) {
+            check(&format!("/schedule/{member}"), Err(mistake));
         }
         for (member, mistake) in self.executor.mistakes() {
             check(&format!("/executor/{member}"), Err(mistake));

@@ -12,6 +12,7 @@ pub mod heartbeat;
 pub mod listener;
 pub mod presence;
 pub mod reaper;
+pub mod scheduler;
 pub mod sweeper;
 
 use std::sync::Arc;
@@ -32,6 +33,9 @@ use heartbeat::Held;
 
 /// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
 const POLL: Duration = Duration::from_millis(500);
+
+/// How long schedules may go unwatched: one that another replica has changed is heard of by looking.
+const SCHEDULES: Duration = Duration::from_secs(1);
 
 /// How often leases are looked at for running out; well within the margin they leave.
 const FENCE_TICK: Duration = Duration::from_millis(200);
@@ -61,6 +65,8 @@ pub struct Ctx {
     pub callback_url: Arc<str>,
     /// Somebody enqueued, or capacity became free.
     pub wake: Arc<Notify>,
+    /// Somebody defined a schedule.
+    pub wake_scheduler: Arc<Notify>,
     /// The leases this process holds.
     pub held: Arc<Held>,
     /// Attempts that may still be started: a permit each.
@@ -203,6 +209,33 @@ pub async fn reap(mut reaper: reaper::Reaper, interval: Duration, stop: Cancella
         };
         tokio::select! {
             () = stop.cancelled() => return,
+            () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Fires the ticks of schedules when they come, until `stop`.
+pub async fn follow_schedules(ctx: Ctx, stop: CancellationToken) {
+    let mut scheduler = scheduler::Scheduler::new(ctx.db.clone());
+    loop {
+        let rest = match scheduler.pass().await {
+            Ok(report) => {
+                if !report.fired.is_empty() {
+                    ctx.wake.notify_one();
+                }
+                match report.next {
+                    Next::Again => Duration::ZERO,
+                    Next::Rest => report.until_next.unwrap_or(SCHEDULES).min(SCHEDULES),
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't follow schedules; trying again");
+                jittered(POLL)
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = ctx.wake_scheduler.notified() => {}
             () = sleep(rest) => {}
         }
     }

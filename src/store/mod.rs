@@ -17,6 +17,7 @@ pub mod pauses;
 pub mod reap;
 pub mod refusals;
 pub mod runs;
+pub mod schedules;
 pub mod settle;
 pub mod workers;
 pub mod workflows;

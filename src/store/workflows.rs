@@ -8,7 +8,7 @@ use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Backoff, Definition, Executor, OnConflict, Pause, RetryOn, WorkflowId};
+use crate::domain::{Backoff, Definition, Executor, OnConflict, Pause, RetryOn, Schedule, WorkflowId};
 
 /// One revision of a workflow: what it says, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -46,6 +46,9 @@ pub struct Revision {
     pub queue: String,
     /// Labels its runs start with.
     pub labels: BTreeMap<String, String>,
+    /// When it runs by itself; null: never. As it is stored, like the executor.
+    #[schema(value_type = Option<Schedule>)]
+    pub schedule: Option<serde_json::Value>,
     /// When this revision was written.
     pub created_at: DateTime<Utc>,
     /// Who wrote it.
@@ -98,6 +101,7 @@ pub async fn put(
             serde_json::json!(definition.backoff),
             definition.on_conflict.as_str(),
             definition.max_waiting,
+            definition.schedule.as_ref().map(|schedule| serde_json::json!(schedule)),
         )
         .fetch_optional(&mut *connection)
         .await?;
@@ -219,6 +223,9 @@ pub async fn delete(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Res
             set deleted_at = now(), updated_at = now()
             where id = $1 and deleted_at is null and not exists (select from live)
             returning id
+        ),
+        unscheduled as (
+            delete from workflow_schedules s using deleted d where s.workflow_id = d.id
         )
         select exists (select from deleted) as "gone!", (select id from live) as live,
                exists (select from workflows where id = $1 and deleted_at is null) as "known!"

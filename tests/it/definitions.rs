@@ -49,6 +49,7 @@ fn said(revision: &Revision) -> Definition {
         priority: revision.priority,
         queue: revision.queue.clone(),
         labels: revision.labels.clone(),
+        schedule: revision.schedule.clone().map(|schedule| serde_json::from_value(schedule).unwrap()),
     }
 }
 
@@ -83,6 +84,9 @@ async fn every_field_of_a_definition_counts_as_a_change() {
         ("priority", json!(5)),
         ("queue", json!("gpu")),
         ("labels", json!({"team": "a"})),
+        ("schedule", json!({"cron": "30 2 * * *", "input": {"a": 1}})),
+        ("schedule", json!({"cron": "30 2 * * *", "input": {"a": 2}})),
+        ("schedule", json!({"cron": "30 2 * * *", "time_zone": "Europe/Berlin", "missed": "run_once"})),
         ("executor", json!({"type": "command", "argv": ["true"], "env": {"A": "b"}})),
         ("timeout_seconds", json!(null)),
     ];

@@ -59,6 +59,7 @@ mod reruns;
 mod retry;
 mod runs;
 mod safety;
+mod schedules;
 mod schema;
 mod settings;
 mod shutdown;

@@ -21,6 +21,7 @@ same as materialized (
       and backoff = $13
       and on_conflict = $14
       and max_waiting = $15
+      and schedule is not distinct from $16
 ),
 -- Where an edit was waited for, the revision it made can't be seen by this statement: no row comes out of it.
 made as (
@@ -45,10 +46,31 @@ next as (
 written as (
     insert into workflow_revisions (workflow_id, revision, executor_type, executor, timeout_seconds,
                                     heartbeat_timeout_seconds, start_within_seconds, priority, queue, labels, created_by,
-                                    max_attempts, retry_on, backoff, on_conflict, max_waiting)
-    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15
+                                    max_attempts, retry_on, backoff, on_conflict, max_waiting, schedule)
+    select id, revision, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16
     from next
     returning *
+),
+-- A schedule that still says when as it did goes on where it stands; what it gives its runs may have changed.
+going_on as (
+    select
+    from written w, current c
+    where c.deleted_at is null and w.schedule - 'input' = c.schedule - 'input'
+),
+placed as (
+    insert into workflow_schedules as s (workflow_id, revision, since)
+    select workflow_id, revision, now()
+    from written
+    where schedule is not null
+    on conflict (workflow_id) do update
+    set revision = excluded.revision,
+        since = case when exists (select from going_on) then s.since else excluded.since end,
+        next_at = case when exists (select from going_on) then s.next_at end
+),
+dropped as (
+    delete from workflow_schedules s
+    using written w
+    where s.workflow_id = w.workflow_id and w.schedule is null
 ),
 answer as (
     select to_jsonb(w) || jsonb_build_object('id', w.workflow_id) as revision from written w
