@@ -223,6 +223,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         db: test.db.clone(),
         wake: Arc::default(),
         wake_pull: Arc::default(),
+        wake_scheduler: Arc::default(),
         draining: CancellationToken::new(),
         notes: Arc::default(),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
