@@ -22,6 +22,12 @@
 //! 6. If the worker is lost, the reaper of any replica ([`engine::reaper`]) first shuts its claim out of `run_leases`
 //!    ([`store::reap`]) and then settles the run as `stale`, down the same path.
 //!
+//! A slot that is taken need not end in a 409: a request may wait for it, join the run that has it, or replace that one, now or later.
+//! What takes more than one look (`enqueue_run_as` in `migrations/`) keeps the holder's row locked until the new run can be seen to
+//! wait, and a trigger of whoever frees the slot hands it on in the same transaction; so nobody is stranded, and `enqueue_run` in
+//! somebody's SQL answers as the API does. [`engine::sweeper`] starts what is due and is the net, [`engine::scheduler`] fires the ticks
+//! of schedules.
+//!
 //! A run of the executor `pull` goes the same way, with a worker somewhere else in steps 2 to 4: it claims over HTTP, sends its
 //! heartbeats, and settles under the lease that its token names (`api/claims.rs`, `api/leases.rs`; `examples/` has two such
 //! workers). Its first heartbeat confirms the lease; without that the reaper gives the run back.
@@ -61,6 +67,7 @@
 //! - Renewals lock nothing but `run_leases`: whoever locks a run by hand costs nobody a lease.
 //! - When the worker of a command settles its attempt, nothing is alive that the command has started. Its guard ends it in time
 //!   for the reaper also when that worker is dead or frozen ([`executor::command::guard`]).
+//! - A run waits behind a holder that knows it (`has_waiters`), or behind a pause; both are locked while it gets in line.
 //! - Times are the database's. A replica's clock decides nothing that another replica sees.
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
