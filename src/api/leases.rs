@@ -16,10 +16,11 @@ use super::{Api, to_its_end};
 use crate::domain::object::objects;
 use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
+use crate::store::batch::settle_all;
 use crate::store::claim::{self, Renewal};
 use crate::store::logs::{self, Bound, LAST_SEQ};
 use crate::store::runs;
-use crate::store::settle::{Settled, settle};
+use crate::store::settle::Settled;
 
 pub(super) const TAG: &str = "workers";
 /// Leases in one request.
@@ -236,12 +237,14 @@ pub(super) struct Finished {
     run: Option<Run>,
 }
 
-/// Whether a lease was good for what was asked: `ok`, it is done; `lost`, the lease is gone and nothing was changed.
+/// Whether a lease was good for what was asked: `ok`, it is done; `lost`, the lease is gone and nothing was changed; `busy`, somebody has
+/// the run locked and nothing was changed: send it again.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Taken {
     Ok,
     Lost,
+    Busy,
 }
 
 /// Finish runs
@@ -265,19 +268,20 @@ pub(super) async fn finish(
     let outcomes: Vec<_> = ends.into_iter().map(Finish::outcome).collect();
     let ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
     let db = api.db.clone();
-    let work = async move { db.with(async |connection| settle(connection, &outcomes, None).await).await };
+    let work = async move { settle_all(&db, &outcomes).await };
     let settled = to_its_end(work).await??;
     api.look_again(); // a slot may have been handed on
     let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {
         let result = match settled {
-            Settled::Recorded(status) => {
+            Some(Settled::Recorded(status)) => {
                 tracing::info!(run.id = %id, status = status.as_str(), "finished by its worker");
                 Taken::Ok
             }
-            Settled::Already(_) => Taken::Ok,
-            Settled::Lost(_) => Taken::Lost,
+            Some(Settled::Already(_)) => Taken::Ok,
+            Some(Settled::Lost(_)) => Taken::Lost,
+            None => Taken::Busy,
         };
         Finished { result, run: found.get(id).cloned() }
     })))

@@ -1,4 +1,4 @@
-//! Enqueueing whatever comes: repeated when its outcome is unknown, and taken apart when one workflow blocks the others.
+//! Many at once: repeated when the outcome of an enqueue is unknown, and taken apart when one workflow blocks the others.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -8,8 +8,9 @@ use sqlx::PgConnection;
 use tokio::time::sleep;
 
 use super::enqueue::{Enqueued, Request, enqueue};
+use super::settle::{Settled, settle};
 use super::{Db, Error, LOCK_TIMEOUT};
-use crate::domain::WorkflowId;
+use crate::domain::{Lease, Outcome, WorkflowId};
 
 /// How often an enqueue whose outcome is unknown is repeated.
 const REPEATS: usize = 3;
@@ -116,6 +117,34 @@ async fn within(
     let answers = enqueue(connection, requests, repeated).await;
     set_lock_timeout(connection, LOCK_TIMEOUT).await?;
     answers
+}
+
+/// Settles attempts, as [`settle`] does. Where somebody has one of their runs locked, perhaps by an `enqueue_run` that is about to wait
+/// for it, the others are settled all the same, and that one is `None`: nothing was changed, and it is to be tried again.
+///
+/// # Errors
+/// Where nothing is settled.
+pub async fn settle_all(db: &Db, outcomes: &[(Lease, Outcome)]) -> Result<Vec<Option<Settled>>, Error> {
+    let busy = match db.with(async |connection| settle(connection, outcomes, None).await).await {
+        Err(Error::Busy(busy)) if outcomes.len() > 1 => busy,
+        settled => return Ok(settled?.into_iter().map(Some).collect()),
+    };
+    let mut answers = Vec::with_capacity(outcomes.len());
+    for outcome in outcomes {
+        let one = std::slice::from_ref(outcome);
+        let alone = db.with(async |connection| {
+            set_lock_timeout(connection, SHORT).await?;
+            let settled = settle(connection, one, None).await;
+            set_lock_timeout(connection, LOCK_TIMEOUT).await?;
+            settled
+        });
+        match alone.await {
+            Ok(settled) => answers.extend(settled.into_iter().map(Some)),
+            Err(Error::Busy(_)) => answers.push(None),
+            Err(error) => return Err(error),
+        }
+    }
+    if answers.iter().all(Option::is_none) { Err(Error::Busy(busy)) } else { Ok(answers) }
 }
 
 async fn set_lock_timeout(connection: &mut PgConnection, timeout: &str) -> sqlx::Result<()> {

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use crate::support::calls::{LIMIT, attempts, events, row};
 use crate::support::database::TestDb;
 use crate::support::eventually;
+use crate::support::plant;
 use crate::support::pull::token;
 use crate::support::replica::{Answer, Client, Replica, short_lease};
 use crate::support::wire::Wire;
@@ -405,5 +406,34 @@ async fn the_target_of_an_http_workflow_finishes_its_run_by_the_token_and_the_pu
     let answer = Answer::of(request.timeout(Duration::from_secs(30)).json(&body)).await.unwrap();
     assert_eq!((answer.status, &answer.body["leases"][0]["result"]), (200, &json!("ok")), "{answer:?}");
     assert_eq!(client.finished(run_id).await["output"], json!({"by": "callback"}));
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_whose_run_somebody_has_locked_is_to_be_sent_again_and_keeps_no_other() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let (held, free) = (replica.client.working("held").await, replica.client.working("free").await);
+    let mut open = test.sql.begin().await.unwrap();
+    // About to wait for it: until that is seen or given up, the slot can't be handed on.
+    sqlx::raw_sql("select enqueue_run('held', on_conflict => 'wait')").execute(&mut *open).await.unwrap();
+    let ends = json!([&held.1, &free.1].map(|token| json!({"token": token, "outcome": "succeeded"})));
+    let answer = replica.client.say("finish", ends.clone()).await;
+    let results = |answer: &Answer| -> Vec<Value> {
+        answer.body["leases"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| json!([one["result"], one["run"]["status"]]))
+            .collect()
+    };
+    assert_eq!(results(&answer), [json!(["busy", "running"]), json!(["ok", "succeeded"])], "{answer:?}");
+    assert_eq!(replica.client.say("finish", json!([{"token": held.1, "outcome": "succeeded"}])).await.status, 503);
+    open.commit().await.unwrap();
+    assert_eq!(
+        results(&replica.client.say("finish", ends).await),
+        [json!(["ok", "succeeded"]), json!(["ok", "succeeded"])]
+    );
+    assert_eq!(plant::left(&test.sql).await, 1, "the slot was handed on");
     test.check().await;
 }
