@@ -233,8 +233,8 @@ fn ticks_only_go_forward_and_whoever_asks_from_in_between_gets_the_same() {
         for day in ["2026-03-08", "2026-03-29", "2026-04-05", "2026-10-04", "2026-10-25", "2026-11-01", "2026-02-15"] {
             let start = at(&format!("{day}T00:00:00Z")) - TimeDelta::hours(16);
             let mut before = timetable.next_after(start).unwrap();
-            for step in 0..100 {
-                let asked = start + TimeDelta::milliseconds(step * 1_283_793);
+            for step in 0..40 {
+                let asked = start + TimeDelta::milliseconds(step * 3_183_793);
                 let next = timetable.next_after(asked).unwrap();
                 assert!(next > asked && next >= before, "{name}: {next} after {asked}, {before} before");
                 assert_eq!(
