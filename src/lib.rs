@@ -25,8 +25,10 @@
 //! A slot that is taken need not end in a 409: a request may wait for it, join the run that has it, or replace that one, now or later.
 //! What takes more than one look (`enqueue_run_as` in `migrations/`) keeps the holder's row locked until the new run can be seen to
 //! wait, and a trigger of whoever frees the slot hands it on in the same transaction; so nobody is stranded, and `enqueue_run` in
-//! somebody's SQL answers as the API does. [`engine::sweeper`] starts what is due and is the net, [`engine::scheduler`] fires the ticks
-//! of schedules.
+//! somebody's SQL answers as the API does. [`engine::sweeper`] starts what is due and is the net.
+//!
+//! A tick of a schedule makes its run by the same function of the database as an enqueue; the scheduler of any replica
+//! ([`engine::scheduler`]) moves the schedule on in the same statement. [`domain::schedule`] knows the calendar.
 //!
 //! A run of the executor `pull` goes the same way, with a worker somewhere else in steps 2 to 4: it claims over HTTP, sends its
 //! heartbeats, and settles under the lease that its token names (`api/claims.rs`, `api/leases.rs`; `examples/` has two such
