@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::Next;
 use crate::domain::{Schedule, Timetable};
-use crate::store::schedules::{Standing, advance, pending, seconds_to_next};
+use crate::store::schedules::{Pending, advance, pending, seconds_to_next};
 use crate::store::{self, Db};
 
 /// Schedules per pass.
@@ -76,7 +76,7 @@ impl Scheduler {
     }
 
     /// The tick to fire now, and the one after.
-    fn decide(&mut self, standing: &Standing) -> Option<(Option<DateTime<Utc>>, DateTime<Utc>)> {
+    fn decide(&mut self, standing: &Pending) -> Option<(Option<DateTime<Utc>>, DateTime<Utc>)> {
         let timetable = match timetable(standing) {
             Ok(timetable) => timetable,
             Err(why) => {
@@ -101,7 +101,7 @@ impl Scheduler {
         decided
     }
 
-    fn complain(&mut self, standing: &Standing, why: &str) {
+    fn complain(&mut self, standing: &Pending, why: &str) {
         if self.broken.insert((standing.workflow_id.clone(), standing.revision)) {
             let revision = standing.revision;
             tracing::error!(workflow.id = standing.workflow_id, revision, why, "can't follow its schedule");
@@ -109,7 +109,7 @@ impl Scheduler {
     }
 }
 
-fn timetable(standing: &Standing) -> Result<Timetable, String> {
+fn timetable(standing: &Pending) -> Result<Timetable, String> {
     let schedule: Schedule = serde_json::from_value(standing.schedule.clone()).map_err(|error| error.to_string())?;
     schedule.timetable().map_err(|mistakes| {
         let mistakes: Vec<String> =

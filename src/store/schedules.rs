@@ -9,7 +9,7 @@ use crate::domain::WorkflowId;
 
 /// A schedule of which something is to be done.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Standing {
+pub struct Pending {
     /// The workflow.
     pub workflow_id: String,
     /// The revision whose schedule it is, the current one.
@@ -26,9 +26,9 @@ pub struct Standing {
 
 /// At most `limit` schedules whose tick has come, or is still to be worked out. In any order: replicas begin at different
 /// ones, and those of which nothing can be made do not keep the others from their turn.
-pub async fn pending(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Standing>> {
+pub async fn pending(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Pending>> {
     sqlx::query_as!(
-        Standing,
+        Pending,
         r#"
         select s.workflow_id, s.revision, v.schedule as "schedule!", s.since, s.next_at, now() as "now!"
         from workflow_schedules s
@@ -66,15 +66,15 @@ pub struct Advanced {
 /// or another replica is at it.
 pub async fn advance(
     connection: &mut PgConnection,
-    standing: &Standing,
+    pending: &Pending,
     fire: Option<DateTime<Utc>>,
     next: DateTime<Utc>,
 ) -> sqlx::Result<Option<Advanced>> {
     let row = sqlx::query!(
         r#"select advanced as "advanced!", run_id, outcome from advance_schedule($1, $2, $3, $4, $5)"#,
-        standing.workflow_id,
-        standing.revision,
-        standing.next_at,
+        pending.workflow_id,
+        pending.revision,
+        pending.next_at,
         fire,
         next,
     )

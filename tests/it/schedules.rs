@@ -10,7 +10,6 @@ use singletrack::store::pauses;
 use singletrack::store::schedules::{advance, pending};
 use singletrack::store::workflows::{self, Deleted};
 use tokio::task::JoinSet;
-use uuid::Uuid;
 
 use crate::support::calls::row;
 use crate::support::database::TestDb;
@@ -251,7 +250,7 @@ async fn a_changed_schedule_holds_at_once_and_what_was_due_before_never_fires() 
         .await
         .unwrap();
     assert_eq!(late, None);
-    assert_eq!(pass(&test).await.fired, [Uuid::nil(); 0]);
+    assert!(pass(&test).await.fired.is_empty());
     assert_eq!(ticks(&test, "w").await, []);
 
     // The zone and the policy are part of it.
