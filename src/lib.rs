@@ -35,6 +35,10 @@
 //! workers). Its first heartbeat confirms the lease; without that the reaper gives the run back.
 //! A run that an http target took over (202) is finished over the same routes; `run_leases.held_until` says by when.
 //!
+//! What is refused writes nothing. `api/refusals.rs` counts it, and `api/notes.rs` has the counts written down, as the last thing
+//! a stopping replica does. What a refusal says of the holder comes from the view `slot_holders`; [`engine::presence`],
+//! `api/presence.rs` and [`engine::chores`] keep what that one reads: who asks for runs, and how long they usually take.
+//!
 //! # A worker in your own program
 //!
 //! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function

@@ -201,3 +201,31 @@ async fn what_was_counted_survives_an_outage_of_the_database() {
     block_in_place(|| postgres.restart()).unwrap();
     assert_eq!(until_stored(&test, run_id, 20).await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_may_have_been_recorded_is_not_recorded_again() {
+    let test = TestDb::new().await;
+    let run_id = plant::run(&test, "w", Status::Running).await.run_id;
+    let mut replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "0")]);
+    let mut closed = test.sql.begin().await.unwrap();
+    sqlx::query("lock table run_refusals in access exclusive mode").execute(&mut *closed).await.unwrap();
+    assert_eq!(ask(&replica.client, "w", "lost").await.status, 409);
+    // Its connection breaks while the statement is under way: from afar nobody can tell what became of it.
+    eventually("a statement that waits for the table", LIMIT, async || {
+        let cut: i64 = sqlx::query_scalar(
+            "select count(pg_terminate_backend(pid)) from pg_stat_activity
+             where datname = current_database() and wait_event_type = 'Lock' and query like '%record_refusals%'",
+        )
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+        (cut == 1).then_some(())
+    })
+    .await;
+    let told = replica.line("these refusals may not be recorded");
+    assert_eq!(told["refusals"], 1, "{told}");
+    closed.rollback().await.unwrap();
+    assert_eq!(ask(&replica.client, "w", "kept").await.status, 409);
+    until_stored(&test, run_id, 1).await;
+    assert_eq!(stored(&test, run_id).await, [("kept".to_owned(), 1)]);
+}
