@@ -164,6 +164,7 @@ mod tests {
         count(&refusals, 600, NAMES);
         assert_eq!(refusals.book().names, ALL_NAMES + 100, "the others of each run are one more");
         count(&refusals, RUNS as u128 + 10, 1);
-        assert_eq!((refusals.book().runs.len(), refusals.book().lost), (RUNS, 10));
+        let book = refusals.book();
+        assert_eq!((book.runs.len(), book.lost), (RUNS, 10));
     }
 }
