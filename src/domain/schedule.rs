@@ -168,7 +168,14 @@ fn parse_cron(text: &str) -> Result<Cron, String> {
         return Err(format!("has {} bytes: at most {LONGEST}", text.len()));
     }
     let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
-    parser.parse(text).map_err(|error| {
+    let parsed = match parser.parse(text) {
+        // The library takes it for no minute at all, say, and would look for that one for minutes.
+        Ok(_) if text.split_whitespace().any(|field| field.split(',').any(str::is_empty)) => {
+            Err("a list has an empty entry".to_owned())
+        }
+        parsed => parsed.map_err(|error| error.to_string()),
+    };
+    parsed.map_err(|error| {
         format!(
             "`{}` is not a cron ({error}): it has five fields, such as `30 2 * * MON-FRI` for half past two on weekdays, or six \
              with seconds in front, such as `*/10 * * * * *`",
