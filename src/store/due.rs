@@ -51,9 +51,12 @@ pub async fn stranded(connection: &mut PgConnection) -> sqlx::Result<Vec<String>
           and not exists (
               select from test_runs h
               where h.workflow_id = w.workflow_id and h.status in ('queued', 'running') and h.has_waiters)
-          and not exists (
-              select from pauses p
-              where p.kind = 'workflow' and p.name in (w.workflow_id, split_part(w.workflow_id, '@', 1)))
+          -- paused with the definition that its runs use, which need not be what stands before the @
+          and exists (
+              select from test_runs r
+              where r.workflow_id = w.workflow_id and r.status = 'waiting'
+                and not exists (
+                    select from pauses p where p.kind = 'workflow' and p.name in (r.workflow_id, r.definition)))
         limit 100
         "#
     )

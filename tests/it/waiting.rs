@@ -346,3 +346,22 @@ async fn a_waiter_that_somebody_has_locked_neither_blocks_the_end_of_the_holder_
     assert_eq!(sweep(&test.db).await.unwrap().promoted, [next.id]);
     test.check().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forgotten_waiter_is_found_while_a_workflow_is_paused_whose_definition_it_does_not_use() {
+    let test = TestDb::new().await;
+    let holder = plant::run(&test, "w@own", Status::Queued).await.run_id;
+    let Enqueued::Accepted(next) = send(&test.db, &under("w@own", OnConflict::Wait), false).await.unwrap() else {
+        panic!()
+    };
+    sqlx::query("insert into pauses (kind, name, paused_by) values ('workflow', 'w', 'test')")
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select from test_runs where status = 'waiting' for update").execute(&mut *open).await.unwrap();
+    sqlx::query("select cancel_run($1)").bind(holder).execute(&test.sql).await.unwrap();
+    open.rollback().await.unwrap();
+    assert_eq!(sweep(&test.db).await.unwrap().promoted, [next.id]);
+    test.check().await;
+}
