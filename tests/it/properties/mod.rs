@@ -102,7 +102,7 @@ fn the_service_does_what_the_model_does() {
     let settings =
         singletrack::config::Settings { workers: Some("0".into()), reap_interval: Some("1h".into()), ..short_lease() };
     let replica = runtime.block_on(Replica::with(&test, settings));
-    for_sequences(80, 40, |sequence| runtime.block_on(compare(&test, &replica.client, sequence)));
+    for_sequences(30, 80, |sequence| runtime.block_on(compare(&test, &replica.client, sequence)));
     runtime.block_on(replica.finish());
 }
 

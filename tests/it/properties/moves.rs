@@ -88,11 +88,18 @@ impl Move {
     }
 }
 
+fn workflow() -> impl Strategy<Value = Name> {
+    // What is deep needs several runs of one workflow.
+    prop_oneof![6 => Just("a@x"), 3 => Just("a@y"), 2 => Just("a")]
+}
+
 fn request() -> impl Strategy<Value = Request> {
-    let policy = option::weighted(0.9, select(&POLICIES[..]));
-    let workflow = prop_oneof![30 => select(&WORKFLOWS[..]), 1 => Just("unknown@x")];
-    let later = prop::bool::weighted(0.2);
-    (workflow, policy, 0..=1_i8, later, option::weighted(0.3, 0..2_u8), 0..2_u8).prop_map(
+    use Policy::*;
+    let policy = prop_oneof![1 => Just(None), 2 => select(&[Some(Reject), Some(ReturnExisting)][..]),
+                             4 => Just(Some(Wait)), 4 => Just(Some(Replace))];
+    let workflow = prop_oneof![40 => workflow(), 1 => Just("unknown@x")];
+    let later = prop::bool::weighted(0.15);
+    (workflow, policy, 0..=1_i8, later, option::weighted(0.2, 0..2_u8), 0..2_u8).prop_map(
         |(workflow, policy, priority, later, key, body)| Request { workflow, policy, priority, later, key, body },
     )
 }
@@ -106,14 +113,14 @@ fn pausable() -> impl Strategy<Value = Pausable> {
 pub fn moves(longest: usize) -> impl Strategy<Value = Vec<(Move, Entrance)>> {
     let pick = || any::<u8>().prop_map(Pick);
     let one = prop_oneof![
-        12 => request().prop_map(Move::Enqueue),
+        16 => request().prop_map(Move::Enqueue),
         2 => vec(request(), 1..4).prop_map(Move::Batch),
         1 => pick().prop_map(Move::Rerun),
-        6 => select(&WORKFLOWS[..]).prop_map(Move::Claim),
+        6 => prop_oneof![workflow(), Just("a")].prop_map(Move::Claim),
         2 => pick().prop_map(Move::Heartbeat),
-        6 => (pick(), select(&Verdict::ALL[..])).prop_map(|(pick, verdict)| Move::Settle(pick, verdict)),
+        4 => (pick(), select(&Verdict::ALL[..])).prop_map(|(pick, verdict)| Move::Settle(pick, verdict)),
         2 => pick().prop_map(Move::Release),
-        3 => pick().prop_map(Move::Cancel),
+        2 => pick().prop_map(Move::Cancel),
         1 => pick().prop_map(Move::ForceRelease),
         2 => pausable().prop_map(Move::Pause),
         3 => pausable().prop_map(Move::Resume),
