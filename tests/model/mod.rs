@@ -127,6 +127,8 @@ pub enum Answer {
     HoldsNoSlot,
     /// Nobody is told: what it came to is in the state.
     Silence,
+    /// What the model never says, because nobody else is there: somebody else is at it, nothing was done.
+    Busy,
     /// What the model never says: the service failed, or said what makes no sense.
     Nonsense(String),
 }

@@ -1,11 +1,14 @@
 //! What clients ask for.
 
+use std::borrow::Borrow;
+
 use reqwest::Method;
 use serde_json::{Value, json};
 use singletrack::domain::WorkflowId;
 use singletrack::store;
+use singletrack::store::batch::enqueue_all;
 use singletrack::store::control::Cancelled;
-use singletrack::store::enqueue::{self, Enqueued, Key, When, enqueue};
+use singletrack::store::enqueue::{self, Enqueued, Key, When};
 use singletrack::store::pauses::{self, Kind};
 use sqlx::Row as _;
 use uuid::Uuid;
@@ -48,11 +51,8 @@ impl Subject {
         match through {
             Entrance::Store => {
                 let asked: Vec<enqueue::Request> = requests.iter().map(|request| self.asked(request)).collect();
-                let asked: Vec<&enqueue::Request> = asked.iter().collect();
-                match self.db.with(async |connection| enqueue(connection, &asked, false).await).await {
-                    Ok(told) => answers.extend(told.into_iter().map(|answer| self.told_by_store(Ok(answer)))),
-                    Err(error) => return Answer::Nonsense(error.to_string()),
-                }
+                let told = enqueue_all(&self.db, &asked).await;
+                answers.extend(told.into_iter().map(|answer| self.told_by_store(answer)));
             }
             Entrance::Http | Entrance::HttpBatch => {
                 let entry = |request: &Request| {
@@ -94,7 +94,7 @@ impl Subject {
         }
     }
 
-    fn told_by_store(&mut self, answer: Result<Enqueued, store::Error>) -> Answer {
+    fn told_by_store(&mut self, answer: Result<Enqueued, impl Borrow<store::Error>>) -> Answer {
         match answer {
             Ok(Enqueued::Accepted(run)) => Answer::Accepted(self.number(run.id)),
             Ok(Enqueued::Existing(run)) => Answer::Existing(self.number(run.id)),
@@ -103,8 +103,12 @@ impl Subject {
             Ok(Enqueued::TooManyWaiting(_)) => Answer::TooManyWaiting,
             Ok(Enqueued::UnknownWorkflow) => Answer::UnknownWorkflow,
             Ok(Enqueued::KeyMismatch(_)) => Answer::KeyReused,
-            Ok(Enqueued::KeyInFlight | Enqueued::Contended) => Answer::Nonsense("somebody else was there".into()),
-            Err(error) => Answer::Nonsense(error.to_string()),
+            Ok(Enqueued::KeyInFlight) => Answer::Busy,
+            Ok(Enqueued::Contended) => Answer::Nonsense("it could not be decided".into()),
+            Err(error) => match error.borrow() {
+                store::Error::Busy(cause) if is_lock_timeout(cause) => Answer::Busy,
+                error => Answer::Nonsense(error.to_string()),
+            },
         }
     }
 
@@ -120,6 +124,7 @@ impl Subject {
             (429, "too-many-waiting") => Answer::TooManyWaiting,
             (404, "not-found") => Answer::UnknownWorkflow,
             (422, "idempotency-key-reused") => Answer::KeyReused,
+            (409, "idempotency-in-flight") | (503, "database-busy") => Answer::Busy,
             _ => Answer::Nonsense(format!("{status}: {body}")),
         }
     }
@@ -140,6 +145,7 @@ impl Subject {
         let row = match told {
             Ok(row) => row,
             Err(error) if error.to_string().contains("was used for another request") => return Answer::KeyReused,
+            Err(error) if is_lock_timeout(&error) => return Answer::Busy,
             Err(error) => return Answer::Nonsense(error.to_string()),
         };
         let (run, holder): (Option<Uuid>, Option<Uuid>) = (row.get("run_id"), row.get("holder"));
@@ -245,6 +251,10 @@ impl Subject {
             Pausable::Queue(name) => (Kind::Queue, self.named(name)),
         }
     }
+}
+
+fn is_lock_timeout(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.code().as_deref() == Some("55P03"))
 }
 
 fn key_text(key: u8) -> String {
