@@ -116,6 +116,9 @@ pub enum Enqueued {
 ///
 /// `repeated` says that these very requests were sent before with an unknown outcome. A run that is there already under
 /// its id is then the answer; and if the lost statement is still open, the insert waits for it on the primary key.
+///
+/// Several requests for one workflow, of which only some have a key, lock its holder and their keys in another order than a single
+/// one does: [`enqueue_all`](super::batch::enqueue_all) gives up waiting before that is a deadlock.
 pub async fn enqueue(
     connection: &mut PgConnection,
     requests: &[&Request],
