@@ -207,7 +207,7 @@ async fn what_was_counted_survives_an_outage_of_the_database() {
 async fn what_may_have_been_recorded_is_not_recorded_again() {
     let test = TestDb::new().await;
     let run_id = plant::run(&test, "w", Status::Running).await.run_id;
-    let mut replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "0")]);
+    let replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "0")]);
     let mut closed = test.sql.begin().await.unwrap();
     sqlx::query("lock table run_refusals in access exclusive mode").execute(&mut *closed).await.unwrap();
     assert_eq!(ask(&replica.client, "w", "lost").await.status, 409);
@@ -223,8 +223,6 @@ async fn what_may_have_been_recorded_is_not_recorded_again() {
         (cut == 1).then_some(())
     })
     .await;
-    let told = replica.line("these refusals may not be recorded");
-    assert_eq!(told["refusals"], 1, "{told}");
     closed.rollback().await.unwrap();
     assert_eq!(ask(&replica.client, "w", "kept").await.status, 409);
     until_stored(&test, run_id, 1).await;
