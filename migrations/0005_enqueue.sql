@@ -21,13 +21,6 @@ comment on column test_runs.blocked_by is 'The run that held the slot when this 
 comment on column test_runs.tick_at is 'The tick of the workflow''s schedule that it was made for; null where somebody asked for it.';
 comment on column test_runs.reason is 'Why, where the status alone does not say it: backoff, expired, conflict, paused, superseded, too_many_waiting, shutdown, timeout, unkillable, worker_lost, requested, forced, ...';
 
-create index test_runs_waiting on test_runs (workflow_id, next_in_line desc, priority desc, created_at, id) where status = 'waiting';
-create index test_runs_due on test_runs (run_at, id) where status = 'scheduled';
-create unique index test_runs_one_per_tick on test_runs (workflow_id, tick_at) where tick_at is not null;
-comment on index test_runs_waiting is 'Who is next, when a slot comes free.';
-comment on index test_runs_due is 'Scheduled runs in the order in which they are due.';
-comment on index test_runs_one_per_tick is 'However many replicas see a tick of a schedule, it fires once.';
-
 create table pauses (
     kind      text        not null,
     name      text        not null,

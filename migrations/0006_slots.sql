@@ -121,23 +121,28 @@ begin
 end $$;
 comment on function resume_workflow(text) is 'Ends the pause of a workflow, and queues its next waiting run. False where it was not paused.';
 
+create function waiting_for(workflow_id text) returns bigint language sql volatile set search_path from current as $$
+    select count(*) from test_runs r where r.workflow_id = waiting_for.workflow_id and r.status = 'waiting' and not r.next_in_line
+$$;
+comment on function waiting_for(text) is 'How many runs wait for a slot, but for the one that is next in line by on_conflict replace.';
+
 -- What a run meets that wants a slot now. For wait and replace the holder stays locked until the caller's transaction ends: it
 -- can't hand the slot on before the caller's run can be seen to wait.
 create function meet_slot(workflow_id text, definition text, on_conflict text, max_waiting integer, out verdict text, out holder uuid)
 language plpgsql set search_path from current as $$
 declare
-    names   constant text[] := array[meet_slot.workflow_id, meet_slot.definition];
-    waiting bigint;
+    names constant text[] := array[meet_slot.workflow_id, meet_slot.definition];
 begin
     if exists (select from pauses p where p.kind = 'workflow' and p.name = any(names)) then
         if on_conflict <> 'wait' then
             verdict := 'workflow-paused';
             return;
         end if;
-        -- A resume promotes what it sees: it must come before this run or after it. And one at a time may count.
-        perform from pauses p where p.kind = 'workflow' and p.name = any(names) order by p.name for no key update;
+        -- A resume promotes what it sees: it must come before this run or after it.
+        perform from pauses p where p.kind = 'workflow' and p.name = any(names) order by p.name for share;
         if found then
             verdict := 'waiting';
+            perform pg_advisory_xact_lock(hashtextextended('singletrack waiting ' || names[1], 0)); -- one at a time may count
         end if;
     end if;
     if verdict is null then
@@ -150,6 +155,9 @@ begin
             return;
         elsif on_conflict = 'return_existing' then
             verdict := 'existing';
+            return;
+        elsif on_conflict = 'wait' and waiting_for(names[1]) >= max_waiting then
+            verdict := 'too-many-waiting'; -- known without a lock, which would keep claims from the holder
             return;
         end if;
         select r.id into holder from test_runs r
@@ -164,12 +172,9 @@ begin
             verdict := 'replace';
         end if;
     end if;
-    if verdict = 'waiting' then
-        select count(*) into waiting from test_runs r where r.workflow_id = names[1] and r.status = 'waiting' and not r.next_in_line;
-        if waiting >= max_waiting then
-            verdict := 'too-many-waiting';
-            return;
-        end if;
+    if verdict = 'waiting' and waiting_for(names[1]) >= max_waiting then
+        verdict := 'too-many-waiting';
+        return;
     end if;
     update test_runs r set has_waiters = true, version = r.version + 1 where r.id = holder and not r.has_waiters;
 end $$;

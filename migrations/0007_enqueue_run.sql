@@ -21,6 +21,8 @@ declare
     kept     idempotency_keys;
     print    bytea;
     met      record;
+    is_known boolean;
+    refused  text;
     replaces boolean := false;
     due_at   constant timestamptz := coalesce(tick_at, run_at, now() + make_interval(secs => delay_seconds));
     inserted integer;
@@ -44,16 +46,31 @@ begin
     ) w
     join workflow_revisions v on v.workflow_id = w.id and v.revision = coalesce(o.revision, w.revision)
     where rerun_of is null or o.id is not null;
-    if not found then
-        outcome := 'not-found';
-        return;
-    end if;
+    is_known := found;
 
     if idempotency_key is not null then
         -- The time as a number: as a text it would be another one in each session's time zone.
         print := sha256(convert_to(jsonb_build_array(input, enqueue_run_as.on_conflict, priority, extract(epoch from run_at), delay_seconds,
                                                      coalesce(labels, '{}'), max_attempts, rerun_of)::text, 'UTF8'));
+        -- A refusal is to write nothing, not even its key. Looked at before the key: whoever took the slot under this very key has
+        -- committed that one too.
+        if is_known and known.on_conflict = 'reject' and (due_at <= now()) is not false and tick_at is null then
+            select * into met from meet_slot(workflow_id, known.definition, 'reject', known.max_waiting);
+            refused := nullif(met.verdict, 'free');
+        end if;
         loop
+            select * into kept from idempotency_keys k
+            where k.owner = enqueue_run_as.owner and k.workflow_id = enqueue_run_as.workflow_id and k.key = idempotency_key;
+            if found and kept.expires_at > now() and exists (select from test_runs r where r.id = kept.run_id) then
+                run_id := kept.run_id;
+                outcome := case when kept.fingerprint <> print then 'idempotency-mismatch'
+                                when kept.joined then 'existing' else 'repeated' end;
+                return;
+            elsif found then
+                delete from idempotency_keys k
+                where k.owner = kept.owner and k.workflow_id = kept.workflow_id and k.key = kept.key and k.run_id = kept.run_id;
+            end if;
+            exit when not is_known or refused is not null;
             begin
                 insert into idempotency_keys as k (owner, workflow_id, key, fingerprint, run_id, expires_at)
                 values (owner, workflow_id, idempotency_key, print, id, now() + make_interval(secs => key_seconds))
@@ -64,19 +81,15 @@ begin
                 return;
             end;
             exit when inserted = 1;
-            select * into kept from idempotency_keys k
-            where k.owner = enqueue_run_as.owner and k.workflow_id = enqueue_run_as.workflow_id and k.key = idempotency_key;
-            continue when not found;
-            if kept.expires_at <= now() or not exists (select from test_runs r where r.id = kept.run_id) then
-                delete from idempotency_keys k
-                where k.owner = kept.owner and k.workflow_id = kept.workflow_id and k.key = kept.key and k.run_id = kept.run_id;
-                continue;
-            end if;
-            run_id := kept.run_id;
-            outcome := case when kept.fingerprint <> print then 'idempotency-mismatch'
-                            when kept.joined then 'existing' else 'repeated' end;
-            return;
         end loop;
+    end if;
+    if not is_known then
+        outcome := 'not-found';
+        return;
+    elsif refused is not null then
+        outcome := refused;
+        holder := met.holder;
+        return;
     end if;
 
     for look in 1..8 loop

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
-use chrono::{DateTime, Datelike as _, Utc};
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value};
@@ -25,6 +25,8 @@ use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 const TAG: &str = "runs";
 /// Most entries of a batch.
 const LONGEST_BATCH: usize = 10_000;
+/// The last second of the year 9999, by the epoch's count.
+const LAST_SECOND: i64 = 253_402_300_799;
 /// Longest delay, in seconds: ten years.
 const LONGEST_DELAY: f64 = 10.0 * 365.0 * 86_400.0;
 
@@ -70,7 +72,8 @@ impl NewRun {
             _ => Ok(()),
         };
         let run_at = match self.run_at {
-            Some(at) if !(1970..=9999).contains(&at.year()) => Err("must be in the years 1970 to 9999".into()),
+            // A leap second at the very end would be the year after.
+            Some(at) if !(0..LAST_SECOND).contains(&at.timestamp()) => Err("must be in the years 1970 to 9999".into()),
             _ => Ok(()),
         };
         let checks = [

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 use tokio::time::sleep;
+use uuid::Uuid;
 
-use super::enqueue::{Enqueued, Request, enqueue};
+use super::enqueue::{Enqueued, Request, enqueue, read};
 use super::settle::{Settled, settle};
 use super::{Db, Error, LOCK_TIMEOUT};
 use crate::domain::{Lease, Outcome, WorkflowId};
@@ -22,54 +23,86 @@ const SHORT: &str = "100ms";
 /// What became of each request, in their order. An error is that of the statement it was in: where its outcome is unknown, the
 /// run may be there all the same.
 pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, Arc<Error>>> {
-    if let [request] = requests {
-        return vec![surely(db, &[request], None).await.map(one).map_err(Arc::new)];
-    }
-    let mut answers: Vec<Option<Result<Enqueued, Arc<Error>>>> = requests.iter().map(|_| None).collect();
+    let mut answers = Answers { requests, given: requests.iter().map(|_| None).collect() };
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&index| (&requests[index].workflow_id, index));
-    let mut pieces: Vec<Vec<usize>> = order.chunks(PIECE).rev().map(<[usize]>::to_vec).collect();
+    // What was sent before as a part of something larger may be there: it is sent again as what it is.
+    let mut pieces: Vec<(Vec<usize>, bool)> = order.chunks(PIECE).rev().map(|piece| (piece.to_vec(), false)).collect();
     let mut blocked: HashSet<&WorkflowId> = HashSet::new();
     let mut gone: Option<Arc<Error>> = None;
-    while let Some(mut piece) = pieces.pop() {
+    let short = (requests.len() > 1).then_some(SHORT);
+    while let Some((piece, repeated)) = pieces.pop() {
+        let first = &requests[piece[0]].workflow_id;
         if let Some(error) = &gone {
-            piece.iter().for_each(|&index| answers[index] = Some(Err(error.clone())));
+            answers.fail(&piece, error);
             continue;
         }
-        piece.retain(|&index| answers[index].is_none() && !blocked.contains(&requests[index].workflow_id));
-        let Some(&first) = piece.first() else { continue };
         let together: Vec<&Request> = piece.iter().map(|&index| &requests[index]).collect();
-        match surely(db, &together, Some(SHORT)).await {
-            Ok(found) => piece.iter().zip(found).for_each(|(&index, found)| answers[index] = Some(Ok(found))),
-            Err(Error::Busy(error)) => {
-                let workflow = &requests[first].workflow_id;
-                match halves(requests, &piece) {
-                    Some((front, back)) => pieces.extend([back, front]),
-                    None => {
-                        blocked.insert(workflow);
-                        let error = Arc::new(Error::Busy(error));
-                        let all = order.iter().filter(|&&index| requests[index].workflow_id == *workflow);
-                        all.filter(|&&index| answers[index].is_none())
-                            .copied()
-                            .collect::<Vec<_>>()
-                            .into_iter()
-                            .for_each(|index| answers[index] = Some(Err(error.clone())));
-                    }
+        let busy = blocked.contains(first) && requests[piece[piece.len() - 1]].workflow_id == *first;
+        let sent = match busy {
+            true => Err(Error::Busy(sqlx::Error::Protocol("the slot is locked".into()))),
+            false => surely(db, &together, short, repeated).await,
+        };
+        match sent {
+            Ok(found) => answers.give(&piece, found),
+            Err(Error::Busy(error)) => match halves(requests, &piece) {
+                Some((front, back)) => pieces.extend([(back, true), (front, true)]),
+                None => {
+                    blocked.insert(first);
+                    answers.look_up(db, &piece, Error::Busy(error)).await;
                 }
+            },
+            // One that the database refuses must not keep the others.
+            Err(Error::Refused(error)) if piece.len() > 1 => {
+                tracing::warn!(%error, "a batch was refused; taking it apart");
+                let (front, back) = piece.split_at(piece.len() / 2);
+                pieces.extend([(back.to_vec(), true), (front.to_vec(), true)]);
             }
             Err(error) => {
                 let error = Arc::new(error);
-                piece.iter().for_each(|&index| answers[index] = Some(Err(error.clone())));
+                answers.fail(&piece, &error);
                 // What comes after would only wait in vain.
                 gone = error.is_passing().then_some(error);
             }
         }
     }
-    answers.into_iter().map(|answer| answer.unwrap_or(Ok(Enqueued::Contended))).collect()
+    answers.given.into_iter().map(|answer| answer.unwrap_or(Ok(Enqueued::Contended))).collect()
 }
 
-fn one(mut answers: Vec<Enqueued>) -> Enqueued {
-    answers.pop().unwrap_or(Enqueued::Contended)
+/// Answers to requests, as they come.
+struct Answers<'a> {
+    requests: &'a [Request],
+    given: Vec<Option<Result<Enqueued, Arc<Error>>>>,
+}
+
+impl Answers<'_> {
+    fn give(&mut self, piece: &[usize], found: Vec<Enqueued>) {
+        piece.iter().zip(found).for_each(|(&index, found)| self.given[index] = Some(Ok(found)));
+    }
+
+    fn fail(&mut self, piece: &[usize], error: &Arc<Error>) {
+        piece.iter().for_each(|&index| self.given[index] = Some(Err(error.clone())));
+    }
+
+    /// For what was not carried out whole, and is not under way any more: what is there was accepted, `error` is the answer to
+    /// the others.
+    async fn look_up(&mut self, db: &Db, piece: &[usize], error: Error) {
+        let ids: Vec<Uuid> = piece.iter().map(|&index| self.requests[index].id).collect();
+        let there = match piece {
+            // Alone it was one statement, which did nothing.
+            [_] => Ok(Default::default()),
+            _ => db.with(async |connection| read(connection, &ids).await).await,
+        };
+        let error = Arc::new(match &there {
+            Ok(_) => error,
+            Err(_) => Error::TimedOut,
+        });
+        let there = there.unwrap_or_default();
+        for (&index, id) in piece.iter().zip(&ids) {
+            let run = there.get(id).cloned();
+            self.given[index] = Some(run.map(Enqueued::Accepted).ok_or_else(|| error.clone()));
+        }
+    }
 }
 
 /// A piece in two, with what is for one workflow in one of them; `None` where all of it is.
@@ -86,8 +119,13 @@ fn halves(requests: &[Request], piece: &[usize]) -> Option<(Vec<usize>, Vec<usiz
 /// When a statement's outcome is unknown, the same insert is repeated on another connection: it finds the run under its
 /// id, or waits on the primary key for the lost statement, or takes the slot. Looking for the id alone would prove
 /// nothing, for the lost statement may still commit.
-async fn surely(db: &Db, requests: &[&Request], lock_timeout: Option<&str>) -> Result<Vec<Enqueued>, Error> {
-    let mut answer = db.with(async |connection| within(connection, requests, false, lock_timeout).await).await;
+async fn surely(
+    db: &Db,
+    requests: &[&Request],
+    lock_timeout: Option<&str>,
+    repeated: bool,
+) -> Result<Vec<Enqueued>, Error> {
+    let mut answer = db.with(async |connection| within(connection, requests, repeated, lock_timeout).await).await;
     for _ in 0..REPEATS {
         match answer {
             // Nothing changes what is unknown already, so a failure to connect leaves it unknown.

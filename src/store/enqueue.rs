@@ -17,6 +17,9 @@ use crate::domain::{Holder, OnConflict, Pause, Run, WorkflowId};
 /// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
 const LOOKS: usize = 8;
 
+/// Requests that are looked at closely by one statement: each counts who waits.
+const CLOSELY: usize = 100;
+
 /// A request for a run.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -164,7 +167,10 @@ pub async fn enqueue(
             break;
         }
         let batch: Vec<&Request> = closely.iter().map(|&index| requests[index]).collect();
-        let found = look_closely(connection, &batch, repeated).await?;
+        let mut found = Vec::with_capacity(batch.len());
+        for piece in batch.chunks(CLOSELY) {
+            found.extend(look_closely(connection, piece, repeated).await?);
+        }
         let mut undecided = Vec::new();
         for (index, answer) in closely.into_iter().zip(found) {
             match answer {
@@ -208,7 +214,7 @@ async fn attempt(connection: &mut PgConnection, requests: &[&Request], repeated:
         holder.as_ref().filter(|_| policy == OnConflict::ReturnExisting).map(|Json(holder)| holder.run_id)
     };
     let existing: Vec<Uuid> = rows.iter().filter_map(|row| joined(row.policy, &row.holder)).collect();
-    let existing = read(connection, &existing).await?;
+    let existing = read(connection, &existing).await.map_err(after_a_commit)?;
     Ok(rows
         .into_iter()
         .map(|row| match (row.run, row.holder) {
@@ -267,8 +273,9 @@ async fn look_closely(
     .await?;
     // What was decided stands; these are the words for it.
     let named: Vec<Uuid> = rows.iter().flat_map(|row| [row.run_id, row.holder]).flatten().collect();
-    let runs = read(connection, &named).await?;
-    let holders = holders(connection, &rows.iter().filter_map(|row| row.holder).collect::<Vec<_>>()).await?;
+    let runs = read(connection, &named).await.map_err(after_a_commit)?;
+    let holding: Vec<Uuid> = rows.iter().filter_map(|row| row.holder).collect();
+    let holders = holders(connection, &holding).await.map_err(after_a_commit)?;
     let holder = |id: Option<Uuid>| {
         id.and_then(|id| holders.get(&id).cloned().or_else(|| runs.get(&id).cloned().map(Holder::from)))
     };
@@ -283,17 +290,23 @@ async fn look_closely(
             ("idempotency-in-flight", None) => Some(Enqueued::KeyInFlight),
             ("slot-taken", None) => holder(row.holder).map(Enqueued::SlotTaken),
             ("too-many-waiting", None) => Some(Enqueued::TooManyWaiting(holder(row.holder))),
-            ("workflow-paused", None) => {
-                pauses::of_workflow(connection, &request.workflow_id).await?.map(Enqueued::Paused)
-            }
+            ("workflow-paused", None) => pauses::of_workflow(connection, &request.workflow_id)
+                .await
+                .map_err(after_a_commit)?
+                .map(Enqueued::Paused),
             _ => Some(Enqueued::Contended),
         });
     }
     Ok(answers)
 }
 
+/// An error of a statement that comes after one that may have enqueued: what was done is not known to whoever gets it.
+fn after_a_commit(error: sqlx::Error) -> sqlx::Error {
+    sqlx::Error::Protocol(format!("after what may have been enqueued: {error}"))
+}
+
 /// Runs by their ids.
-async fn read(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Run>> {
+pub(super) async fn read(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<HashMap<Uuid, Run>> {
     if ids.is_empty() {
         return Ok(HashMap::new());
     }

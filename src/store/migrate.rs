@@ -1,8 +1,16 @@
 //! Bringing the schema up to this version.
 
+use std::time::Duration;
+
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{ConnectOptions as _, Connection as _};
+use tokio::time::sleep;
+
+/// How often a migration is tried whose table somebody else has locked, or while another replica migrates.
+const TRIES: usize = 200;
+/// Time between two tries, for those who waited meanwhile.
+const PAUSE: Duration = Duration::from_secs(1);
 
 static MIGRATIONS: Migrator = Migrator {
     // A newer version may have added migrations while this one still runs: that is the promise of forward-only ones.
@@ -38,9 +46,28 @@ pub async fn migrate(options: &PgConnectOptions) -> Result<usize, Error> {
     // Else each start says that the table of migrations is there already, as if that were news.
     sqlx::query("set client_min_messages = warning").execute(&mut connection).await?;
     let before = applied(&mut connection).await?.unwrap_or_default();
-    MIGRATIONS.run(&mut connection).await?;
+    let mut tries = 0;
+    while let Err(error) = patiently(&mut connection).await {
+        tries += 1;
+        if tries == TRIES || !is_locked(&error) {
+            return Err(error.into());
+        }
+        sleep(PAUSE).await;
+    }
     connection.close().await?;
     Ok(MIGRATIONS.iter().filter(|migration| migration.version > before).count())
+}
+
+/// Waits no longer for a table than renewals can bear: whoever wants it after a migration that waits has to wait for that one.
+async fn patiently(connection: &mut PgConnection) -> Result<(), MigrateError> {
+    sqlx::query("set lock_timeout = '2s'").execute(&mut *connection).await?;
+    MIGRATIONS.run(connection).await
+}
+
+/// Whether it was somebody else's lock.
+fn is_locked(error: &MigrateError) -> bool {
+    let (MigrateError::Execute(error) | MigrateError::ExecuteMigration(error, _)) = error else { return false };
+    error.as_database_error().and_then(|error| error.code()).as_deref() == Some("55P03")
 }
 
 /// The newest migration the database has; `None` when it has none.

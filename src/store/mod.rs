@@ -1,6 +1,7 @@
 //! All SQL and nothing else: free functions over a connection, one file per concern.
 //!
-//! Every write is a single autocommit statement that takes arrays. Connections come from [`Db::with`], which puts a limit
+//! Every write is an autocommit statement that takes arrays; an enqueue of many may be several of them, so that a part of it can be
+//! there when the rest fails ([`batch`]). Connections come from [`Db::with`], which puts a limit
 //! on every statement: sqlx has no timeout of its own towards a server that vanished, and a connection that was given up
 //! in the middle of a statement must never be used again.
 

@@ -92,6 +92,35 @@ async fn a_workflow_that_an_open_transaction_blocks_costs_a_batch_its_own_entrie
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_was_accepted_before_the_batch_was_taken_apart_is_answered_as_accepted() {
+    let test = TestDb::new().await;
+    for workflow in ["a", "b", "z"] {
+        plant::workflow(&test.sql, workflow, &["true"]).await;
+    }
+    plant::run(&test, "held", Status::Queued).await;
+    let replica = Replica::api_only(&test).await;
+    let entry = |workflow: &str| json!({"workflow_id": workflow, "on_conflict": "wait"});
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select enqueue_run('held', on_conflict => 'wait')").execute(&mut *open).await.unwrap();
+    let results = batch(&replica.client, ["a", "held", "b", "held"].map(entry).into()).await;
+    assert_eq!(statuses(&results), [202, 503, 202, 503], "{results:?}");
+    open.rollback().await.unwrap();
+
+    // The same where the database refuses one of them.
+    sqlx::raw_sql(
+        "create function refuse_poison() returns trigger language plpgsql as $$ begin raise exception 'poisoned'; end $$;
+         create trigger poisoned before insert on test_runs for each row when (new.workflow_id like 'z%')
+         execute function refuse_poison()",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let results = batch(&replica.client, ["a@1", "z", "b@1", "held"].map(entry).into()).await;
+    assert_eq!(statuses(&results), [202, 500, 202, 202], "{results:?}");
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_entry_of_a_wrong_form_refuses_the_whole_batch_and_all_of_them_are_named() {
     let test = TestDb::new().await;
     plant::workflow(&test.sql, "w", &["true"]).await;

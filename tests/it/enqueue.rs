@@ -165,6 +165,7 @@ async fn every_wrong_field_is_named_by_its_pointer() {
         (json!({"on_conflict": "queue"}), "pointer /on_conflict"),
         (json!({"run_at": "tomorrow"}), "pointer /run_at"),
         (json!({"run_at": "1969-12-31T23:59:59Z"}), "pointer /run_at"),
+        (json!({"run_at": "9999-12-31T23:59:60Z"}), "pointer /run_at"),
         (json!({"delay_seconds": -1}), "pointer /delay_seconds"),
         (json!({"delay_seconds": 4e8}), "pointer /delay_seconds"),
         (json!({"delay_seconds": 1, "run_at": "2030-01-01T00:00:00Z"}), "pointer /delay_seconds"),

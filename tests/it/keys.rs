@@ -144,3 +144,29 @@ async fn a_request_with_a_key_whose_commit_was_lost_is_repeated_as_itself() {
     let Enqueued::Accepted(run) = send(&test.db, &other, true).await.unwrap() else { panic!() };
     assert_eq!(run.id, keyed.id);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_known_when_its_workflow_is_gone_and_a_refusal_under_a_key_writes_nothing() {
+    let (test, replica) = idle().await;
+    let first = with_key(&replica.client, "w", "k", json!({})).await.run_id();
+    cancel(&test.db, first).await;
+    sqlx::query("update workflows set deleted_at = now()").execute(&test.sql).await.unwrap();
+    let again = with_key(&replica.client, "w", "k", json!({})).await;
+    assert_eq!((again.status, again.run_id()), (202, first));
+    assert_eq!(with_key(&replica.client, "w", "other", json!({})).await.status, 404);
+    sqlx::query("update workflows set deleted_at = null").execute(&test.sql).await.unwrap();
+
+    replica.client.enqueue("w").await;
+    let refused: String = sqlx::query_scalar("select outcome from enqueue_run('w', idempotency_key => 'r')")
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+    let keys: i64 = sqlx::query_scalar("select count(*) from idempotency_keys").fetch_one(&test.sql).await.unwrap();
+    assert_eq!((refused.as_str(), keys), ("slot-taken", 1));
+    // In a transaction of its own: it has no id, so it has written nothing.
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select enqueue_run('w', idempotency_key => 'r')").execute(&mut *open).await.unwrap();
+    let written: Option<String> =
+        sqlx::query_scalar("select pg_current_xact_id_if_assigned()::text").fetch_one(&mut *open).await.unwrap();
+    assert_eq!(written, None);
+}

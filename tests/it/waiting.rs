@@ -365,3 +365,43 @@ async fn a_forgotten_waiter_is_found_while_a_workflow_is_paused_whose_definition
     assert_eq!(sweep(&test.db).await.unwrap().promoted, [next.id]);
     test.check().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_for_too_many_waiters_neither_waits_for_the_holder_nor_locks_it() {
+    let test = taken().await;
+    sqlx::raw_sql("update workflow_revisions set max_waiting = 1").execute(&test.sql).await.unwrap();
+    send(&test.db, &under("w", OnConflict::Wait), false).await.unwrap();
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select from test_runs where status = 'queued' for update").execute(&mut *open).await.unwrap();
+    let refused = send(&test.db, &under("w", OnConflict::Wait), false).await.unwrap();
+    assert!(matches!(refused, Enqueued::TooManyWaiting(Some(_))), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn somebody_who_is_about_to_wait_for_a_paused_instance_blocks_no_other_instance() {
+    let test = TestDb::new().await;
+    let holder = plant::run(&test, "w@b", Status::Running).await;
+    plant::workflow(&test.sql, "w", &["true"]).await;
+    sqlx::raw_sql(
+        "update test_runs set definition = 'w', version = version + 1; delete from workflows where id = 'w@b'",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let Enqueued::Accepted(next) = send(&test.db, &under("w@b", OnConflict::Wait), false).await.unwrap() else {
+        panic!()
+    };
+    sqlx::raw_sql("insert into pauses (kind, name, paused_by) values ('workflow', 'w', 'me')")
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    let mut open = test.sql.begin().await.unwrap();
+    enqueue_in(&mut open, "w@a", "wait").await;
+    settle_one(&test.db, holder, Verdict::Succeeded).await;
+    assert!(matches!(send(&test.db, &under("w@c", OnConflict::Wait), false).await.unwrap(), Enqueued::Accepted(_)));
+    open.commit().await.unwrap();
+    assert_eq!(plant::status(&test.sql, next.id).await, Status::Waiting);
+    sqlx::raw_sql("select resume_workflow('w')").execute(&test.sql).await.unwrap();
+    assert_eq!(plant::left(&test.sql).await, 3, "each instance has its run");
+    test.check().await;
+}
