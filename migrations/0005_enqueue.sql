@@ -1,6 +1,7 @@
 -- Four answers to a conflict, pauses, later and regular runs, idempotency keys, enqueueing from SQL.
 -- Safe beside a replica of the version before: it knows reject only, claims what is paused, and does not start what is
--- scheduled; the slot is handed on by a trigger, whoever frees it.
+-- scheduled; the slot is handed on by a trigger, whoever frees it. It does not say that it is there either: while only such
+-- replicas serve, a queued holder is said to have no_worker.
 
 alter table workflow_revisions
     add column on_conflict text    not null default 'reject',
