@@ -3,24 +3,24 @@
 use std::collections::BTreeMap;
 
 use axum::extract::State;
-use chrono::{DateTime, Utc};
+use axum::http::HeaderMap;
+use chrono::{DateTime, Datelike as _, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::enqueue::{Started, start_all};
-use super::extract::{Actor, Json};
+use super::extract::{Actor, Json, refuse_headers};
 use super::problem::{Place, Problem};
 use super::{Api, to_its_end};
 use crate::domain::{Status, WorkflowId};
-use crate::store::control::{self, Cancelled};
+use crate::store::batch::cancel_apart;
+use crate::store::control::Cancelled;
 use crate::store::enqueue::Request;
 use crate::store::runs::{self, Filter};
 
 const TAG: &str = "runs";
 /// Most runs that one request is about.
 const MOST: i64 = 10_000;
-/// Runs cancelled by one statement.
-const PIECE: usize = 500;
 
 /// Which runs: all that every one of these finds. At least one is needed.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
@@ -60,6 +60,12 @@ impl Which {
             id.map(|id| id.parse::<WorkflowId>().map(|id| id.to_string()).map_err(wrong)).transpose()
         };
         let Self { workflow_id, definition, status, queue, labels, since, until, dry_run: _ } = self;
+        for (name, at) in [("since", since), ("until", until)] {
+            if at.is_some_and(|at| !(1..=9999).contains(&at.year())) {
+                let place = Place::Pointer(format!("/{name}"));
+                return Err(Problem::invalid_at(place, "must be in the years 1 to 9999"));
+            }
+        }
         let all = Status::ALL.into_iter().filter(&possible);
         let filter = Filter {
             workflow_id: id("workflow_id", workflow_id)?,
@@ -91,8 +97,8 @@ pub(super) struct Done {
     matched: usize,
     /// True when there may be more: at most 10000 are looked at; repeat the request for the others.
     more: bool,
-    /// How many ended how. Cancelling: `cancelled`, `cancel_requested` (running: its worker is told), `already_final`. Running again:
-    /// `accepted`, `existing`, or the cause of the refusal, such as `slot-taken`. Empty with `dry_run`.
+    /// How many ended how. Cancelling: `cancelled`, `cancel_requested` (running: its worker is told), `already_final`, `busy` (somebody
+    /// has it locked, or the database went away: repeat the request). Running again: `accepted`, `existing`, or the cause of the refusal, such as `slot-taken`. Empty with `dry_run`.
     counts: BTreeMap<&'static str, usize>,
     /// Which. Cancelling, and with `dry_run`: the runs that were found. Running again: the new runs.
     ids: Vec<Uuid>,
@@ -111,27 +117,25 @@ pub(super) struct Done {
 pub(super) async fn cancel(
     State(api): State<Api>,
     Actor(actor): Actor,
+    headers: HeaderMap,
     Json(which): Json<Which>,
 ) -> Result<axum::Json<Done>, Problem> {
+    refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     let dry_run = which.dry_run;
     let (ids, mut done) = find(&api, which.filter(|status| !status.is_final())?).await?;
     if dry_run {
         return Ok(axum::Json(done));
     }
-    for piece in ids.chunks(PIECE) {
-        let (db, piece, actor) = (api.db.clone(), piece.to_vec(), actor.clone());
-        let cancelled = to_its_end(async move {
-            db.with(async |connection| control::cancel_all(connection, &piece, &actor).await).await
-        })
-        .await??;
-        for cancelled in cancelled {
-            let name = match cancelled {
-                Cancelled::AtOnce => "cancelled",
-                Cancelled::Requested => "cancel_requested",
-                Cancelled::AlreadyFinal | Cancelled::Unknown => "already_final",
-            };
-            *done.counts.entry(name).or_default() += 1;
-        }
+    let (db, by) = (api.db.clone(), actor.clone());
+    let cancelled = to_its_end(async move { cancel_apart(&db, &ids, &by).await }).await??;
+    for cancelled in cancelled {
+        let name = match cancelled {
+            Some(Cancelled::AtOnce) => "cancelled",
+            Some(Cancelled::Requested) => "cancel_requested",
+            Some(Cancelled::AlreadyFinal | Cancelled::Unknown) => "already_final",
+            None => "busy",
+        };
+        *done.counts.entry(name).or_default() += 1;
     }
     api.look_again();
     tracing::info!(counts = ?done.counts, by = actor, "cancelled many runs");
@@ -151,8 +155,10 @@ pub(super) async fn cancel(
 pub(super) async fn rerun(
     State(api): State<Api>,
     Actor(actor): Actor,
+    headers: HeaderMap,
     Json(which): Json<Which>,
 ) -> Result<axum::Json<Done>, Problem> {
+    refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     let dry_run = which.dry_run;
     let (ids, mut done) = find(&api, which.filter(|status| status.is_final())?).await?;
     if dry_run {

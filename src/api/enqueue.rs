@@ -10,7 +10,7 @@ use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value};
+use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers};
 use super::problem::{Mistake, Place, Problem};
 use super::runs::{LONGEST_WAIT, follow};
 use super::{Api, run_path, to_its_end};
@@ -146,10 +146,11 @@ pub(super) async fn enqueue(
     }
     let answer = start(&api, new.request(workflow_id, key, requested_by)).await;
     match (answer, wait) {
-        (Err(Problem { holder: Some(holder), .. }), Some(wait)) => {
+        (Err(problem), Some(wait)) => {
+            let holder = problem.slot_holder()?;
             // Without a place to wait the answer is given at once, and says so by not applying the preference.
-            let Ok(_place) = api.facts.waiters.try_acquire() else { return Err(Problem::slot_taken(*holder)) };
-            let followed = Problem::slot_taken(followed(&api, *holder, wait).await?);
+            let Ok(_place) = api.facts.waiters.try_acquire() else { return Err(Problem::slot_taken(holder)) };
+            let followed = Problem::slot_taken(followed(&api, holder, wait).await?);
             Ok(apply_wait(followed.into_response(), wait))
         }
         (answer, _) => answer.map(Started::into_response),
@@ -242,7 +243,8 @@ pub(super) struct Batch {
 }
 
 /// One entry of a batch.
-#[derive(utoipa::ToSchema)]
+#[derive(Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
 #[expect(dead_code, reason = "a schema: entries are read one by one, so that each mistake is named")]
 pub(super) struct Entry {
     /// The workflow, or an instance of one.
@@ -251,9 +253,18 @@ pub(super) struct Entry {
     /// As the header of an enqueue.
     #[schema(min_length = 1, max_length = 255)]
     idempotency_key: Option<String>,
-    #[schema(inline)]
-    #[serde(flatten)]
-    run: NewRun,
+    /// As in the body of an enqueue, and so all of the following.
+    #[schema(value_type = Value)]
+    input: Option<serde_json::Value>,
+    on_conflict: Option<OnConflict>,
+    #[schema(minimum = -100, maximum = 100)]
+    priority: Option<i16>,
+    run_at: Option<DateTime<Utc>>,
+    #[schema(minimum = 0, maximum = 315360000)]
+    delay_seconds: Option<f64>,
+    labels: Option<BTreeMap<String, String>>,
+    #[schema(minimum = 1, maximum = 1000)]
+    max_attempts: Option<i32>,
 }
 
 /// What became of an entry of a batch.
@@ -297,8 +308,11 @@ pub(super) struct BatchResults {
 pub(super) async fn batch(
     State(api): State<Api>,
     Actor(requested_by): Actor,
+    headers: HeaderMap,
     Json(batch): Json<Batch>,
 ) -> Result<axum::Json<BatchResults>, Problem> {
+    // Keys are the entries' own: `idempotency_key`.
+    refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     if !(1..=LONGEST_BATCH).contains(&batch.runs.len()) {
         let detail = format!("{} entries: a batch has 1 to {LONGEST_BATCH}", batch.runs.len());
         return Err(Problem::invalid_at(Place::Pointer("/runs".into()), detail));

@@ -67,10 +67,7 @@ pub(super) async fn pause_workflow(
     Actor(actor): Actor,
     Optional(reason): Optional<Reason>,
 ) -> Result<axum::Json<Paused>, Problem> {
-    let known = api.db.with(async |connection| workflows::is_defined(connection, &id).await).await?;
-    if !known {
-        return Err(Problem::no_workflow(&id));
-    }
+    check_defined(&api, &id).await?;
     pause(api, Kind::Workflow, id.to_string(), reason, actor).await
 }
 
@@ -81,16 +78,24 @@ pub(super) async fn pause_workflow(
 #[utoipa::path(
     post, path = "/api/v1/workflows/{id}/resume", operation_id = "resume_workflow",
     tag = TAG, security((), ("api_key" = ["admin"])),
-    params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod")),
-    responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 413, body = Problem),
-              (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
+    params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
+    responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 404, body = Problem),
+              (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
 pub(super) async fn resume_workflow(
     State(api): State<Api>,
     Id(id): Id<WorkflowId>,
     Actor(actor): Actor,
     _: Nothing,
 ) -> Result<axum::Json<Paused>, Problem> {
+    check_defined(&api, &id).await?;
     resume(api, Kind::Workflow, id.to_string(), actor).await
+}
+
+async fn check_defined(api: &Api, id: &WorkflowId) -> Result<(), Problem> {
+    let defined = api.db.with(async |connection| workflows::is_defined(connection, id).await).await?;
+    if defined { Ok(()) } else { Err(Problem::no_workflow(id)) }
 }
 
 /// Queues
@@ -130,7 +135,8 @@ pub(super) async fn pause_queue(
 #[utoipa::path(
     post, path = "/api/v1/queues/{id}/resume", operation_id = "resume_queue",
     tag = TAG, security((), ("api_key" = ["admin"])),
-    params(("id" = String, Path, description = "The queue's name", example = "default")),
+    params(("id" = String, Path, description = "The queue's name", example = "default"),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn resume_queue(

@@ -46,14 +46,15 @@ pub(super) struct Problem {
     /// What is wrong with which part of the request.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     errors: Box<[Mistake]>,
-    /// With `slot-taken`: the run that holds the slot. With `workflow-in-use`: a run that is not over. With `run-over` and
+    /// With `slot-taken` and `too-many-waiting`: the run that holds the slot. With `idempotency-key-reused`: what the other request
+    /// became. With `workflow-in-use`: a run that is not over. With `run-over` and
     /// `lease-lost`: the run itself. With `database-unavailable`: the run that may have been enqueued all the same; ask for
     /// it, or repeat the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     run_id: Option<Uuid>,
     /// With `slot-taken` and `too-many-waiting`: what the run that holds the slot is doing.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) holder: Option<Box<Holder>>,
+    holder: Option<Box<Holder>>,
     /// With `workflow-paused`: who paused it, when and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pause: Option<Box<Pause>>,
@@ -330,6 +331,14 @@ impl Problem {
     /// The status it is answered with.
     pub(super) fn status(&self) -> StatusCode {
         self.status
+    }
+
+    /// The run that holds the slot, where that is what the problem is; itself otherwise.
+    pub(super) fn slot_holder(self) -> Result<Holder, Self> {
+        match self.holder {
+            Some(holder) if self.cause == "slot-taken" => Ok(*holder),
+            holder => Err(Self { holder, ..self }),
+        }
     }
 
     /// The cause, as in `type`.

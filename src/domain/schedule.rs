@@ -32,7 +32,7 @@ pub struct Schedule {
     pub missed: Missed,
     /// Input of its runs.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value)]
     pub input: Option<serde_json::Value>,
 }
 

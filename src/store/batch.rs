@@ -8,6 +8,7 @@ use sqlx::PgConnection;
 use tokio::time::sleep;
 use uuid::Uuid;
 
+use super::control::{Cancelled, cancel_all};
 use super::enqueue::{Enqueued, Request, enqueue, read};
 use super::settle::{Settled, settle};
 use super::{Db, Error, LOCK_TIMEOUT};
@@ -17,6 +18,8 @@ use crate::domain::{Lease, Outcome, WorkflowId};
 const REPEATS: usize = 3;
 /// Requests per statement.
 const PIECE: usize = 500;
+/// Runs that are cancelled by one statement.
+const CANCELS: usize = 50;
 /// How long many together wait for a lock that somebody else has: one workflow must not hold up the others.
 const SHORT: &str = "100ms";
 
@@ -183,6 +186,37 @@ pub async fn settle_all(db: &Db, outcomes: &[(Lease, Outcome)]) -> Result<Vec<Op
         }
     }
     if answers.iter().all(Option::is_none) { Err(Error::Busy(busy)) } else { Ok(answers) }
+}
+
+/// Cancels runs in the name of `actor`. Where somebody has one of them locked, the others are cancelled all the same; `None` is for
+/// what could not be, now, and for all that comes after the database went away.
+///
+/// # Errors
+/// Where nothing is done.
+pub async fn cancel_apart(db: &Db, run_ids: &[Uuid], actor: &str) -> Result<Vec<Option<Cancelled>>, Error> {
+    let mut answers: Vec<Option<Cancelled>> = Vec::with_capacity(run_ids.len());
+    // Short ones: they hold what they lock until they end, and others lock in another order.
+    let mut pieces: Vec<&[Uuid]> = run_ids.chunks(CANCELS).rev().collect();
+    while let Some(piece) = pieces.pop() {
+        let cancelled = db.with(async |connection| {
+            set_lock_timeout(connection, SHORT).await?;
+            let cancelled = cancel_all(connection, piece, actor).await;
+            set_lock_timeout(connection, LOCK_TIMEOUT).await?;
+            cancelled
+        });
+        match cancelled.await {
+            Ok(cancelled) => answers.extend(cancelled.into_iter().map(Some)),
+            Err(Error::Busy(_)) if piece.len() == 1 => answers.push(None),
+            Err(Error::Busy(_)) => pieces.extend(piece.chunks(1).rev()),
+            Err(error) if answers.iter().all(Option::is_none) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "can't cancel the rest");
+                break;
+            }
+        }
+    }
+    answers.resize(run_ids.len(), None);
+    Ok(answers)
 }
 
 async fn set_lock_timeout(connection: &mut PgConnection, timeout: &str) -> sqlx::Result<()> {

@@ -192,6 +192,22 @@ async fn many_runs_are_cancelled_by_filters_and_none_takes_a_slot_only_to_be_can
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_somebody_has_locked_keeps_no_other_from_being_cancelled() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    for workflow in ["a", "held", "z"] {
+        plant::run(&test, workflow, Status::Queued).await;
+    }
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select from test_runs where workflow_id = 'held' for update").execute(&mut *open).await.unwrap();
+    let done = bulk(&replica.client, "cancel", json!({"status": ["queued"]})).await;
+    assert_eq!(done["counts"], json!({"cancelled": 2, "busy": 1}), "{done}");
+    open.rollback().await.unwrap();
+    let done = bulk(&replica.client, "cancel", json!({"status": ["queued"]})).await;
+    assert_eq!(done["counts"], json!({"cancelled": 1}));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_runs_are_run_again_by_filters() {
     let test = TestDb::new().await;
     let replica = Replica::api_only(&test).await;
@@ -226,6 +242,7 @@ async fn a_bulk_request_that_names_no_run_or_makes_no_sense_is_refused() {
         ("cancel", json!({"workflow_id": "a b"}), "pointer /workflow_id"),
         ("cancel", json!({"workflow": "w"}), "pointer /workflow"),
         ("cancel", json!({"since": "yesterday"}), "pointer /since"),
+        ("cancel", json!({"until": "-100000-01-01T00:00:00Z"}), "pointer /until"),
         ("rerun", json!({}), "pointer "),
         ("rerun", json!({"status": ["running"]}), "pointer /status"),
     ] {
