@@ -199,7 +199,9 @@ begin
 end $$;
 comment on function replace_holder(uuid, text, uuid, text) is 'Cancels the holder of a slot in favour of a waiting run that is next in line, and skips whom that one supersedes.';
 
-create function start_due(run_id uuid) returns text language plpgsql set search_path from current as $$
+create function start_due(run_id uuid) returns text language plpgsql set search_path from current
+set lock_timeout = '20ms' -- a transaction that somebody leaves open is not to keep the runs of other workflows
+as $$
 declare
     run     test_runs;
     met     record;
@@ -213,13 +215,13 @@ begin
         return null;
     end if;
     for look in 1..8 loop
-        select * into met
-        from meet_slot(run.workflow_id, run.definition, run.on_conflict, coalesce(
-            (select v.max_waiting from workflow_revisions v where v.workflow_id = run.definition and v.revision = run.revision), 100));
-        becomes := case met.verdict when 'free' then 'queued' when 'waiting' then 'waiting' when 'replace' then 'waiting' else 'skipped' end;
-        why := case met.verdict when 'slot-taken' then 'conflict' when 'existing' then 'conflict'
-                                when 'workflow-paused' then 'paused' when 'too-many-waiting' then 'too_many_waiting' end;
         begin
+            select * into met
+            from meet_slot(run.workflow_id, run.definition, run.on_conflict, coalesce(
+                (select v.max_waiting from workflow_revisions v where v.workflow_id = run.definition and v.revision = run.revision), 100));
+            becomes := case met.verdict when 'free' then 'queued' when 'waiting' then 'waiting' when 'replace' then 'waiting' else 'skipped' end;
+            why := case met.verdict when 'slot-taken' then 'conflict' when 'existing' then 'conflict'
+                                    when 'workflow-paused' then 'paused' when 'too-many-waiting' then 'too_many_waiting' end;
             update test_runs r
             set status = becomes, reason = why, next_in_line = met.verdict = 'replace', version = r.version + 1,
                 blocked_by = case when why = 'conflict' then met.holder end,
@@ -232,12 +234,15 @@ begin
                 perform replace_holder(run.id, run.workflow_id, met.holder, run.requested_by);
             end if;
             return becomes;
-        exception when unique_violation then -- somebody took the slot: look again
+        exception
+            when unique_violation then -- somebody took the slot: look again
+            when lock_not_available then -- somebody is at the slot: the run stays scheduled
+                return null;
         end;
     end loop;
     return null;
 end $$;
-comment on function start_due(uuid) is 'Lets a scheduled run that is due meet its slot: it becomes queued, waiting or skipped, which is returned; null where there was nothing to do yet.';
+comment on function start_due(uuid) is 'Lets a scheduled run that is due meet its slot: it becomes queued, waiting or skipped, which is returned; null where there was nothing to do yet, or somebody else is at its slot.';
 
 -- What the sweeps promise: two of them, and nothing is left.
 do $$

@@ -9,6 +9,8 @@ use crate::store::{self, Db};
 
 /// Rows per pass and kind.
 const BATCH: i64 = 100;
+/// Due runs per transaction: the first has its slot locked until the last is done, which may take 20 ms for each in between.
+const TOGETHER: usize = 25;
 
 /// What a look for due runs did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,11 +24,13 @@ pub struct Started {
 /// Lets scheduled runs that are due meet their slots.
 pub async fn start_due(db: &Db) -> Result<Started, store::Error> {
     let found = db.with(async |connection| due(connection, BATCH).await).await?;
-    let full = i64::try_from(found.len()) == Ok(BATCH);
     let start = |runs: Vec<Uuid>| async move { db.with(async |connection| start(connection, &runs).await).await };
-    let runs = together_or_apart(found, |run| *run, start).await?;
-    // A full batch of which nothing could be started would be found again at once.
-    let next = if full && !runs.is_empty() { Next::Again } else { Next::Rest };
+    let mut runs = Vec::new();
+    for some in found.chunks(TOGETHER) {
+        runs.extend(together_or_apart(some.to_vec(), |run| *run, start).await?);
+    }
+    // A workflow may have more of them; but what could not be started would be found again at once.
+    let next = if runs.is_empty() { Next::Rest } else { Next::Again };
     Ok(Started { runs, next })
 }
 
@@ -42,18 +46,27 @@ pub struct Swept {
 
 /// Looks for forgotten waiting runs, and deletes expired idempotency keys.
 pub async fn sweep(db: &Db) -> Result<Swept, store::Error> {
-    let mut swept = Swept::default();
-    for workflow_id in db.with(async |connection| stranded(connection).await).await? {
+    // One after the other, whatever became of the one before.
+    let promoted = promote_stranded(db).await;
+    let keys = db.with(async |connection| forget_keys(connection, 10 * BATCH).await).await;
+    Ok(Swept { promoted: promoted?, keys: keys? })
+}
+
+async fn promote_stranded(db: &Db) -> Result<Vec<Uuid>, store::Error> {
+    let mut promoted = Vec::new();
+    for workflow_id in db.with(async |connection| stranded(connection, BATCH).await).await? {
         match db.with(async |connection| promote(connection, &workflow_id).await).await {
-            Ok(promoted) => swept.promoted.extend(promoted),
-            // Somebody has it locked: the next sweep looks again, and the others need not wait.
-            Err(store::Error::Busy(error)) => tracing::warn!(%error, workflow.id = workflow_id, "can't promote"),
+            Ok(None) => {}
+            Ok(Some(run)) => {
+                tracing::warn!(run.id = %run, "waited for a slot that was free: queued");
+                promoted.push(run);
+            }
+            // Somebody has it locked, or it is a bad row: the next sweep looks again, and the others need not wait.
+            Err(error @ (store::Error::Busy(_) | store::Error::Refused(_))) => {
+                tracing::warn!(%error, workflow.id = workflow_id, "can't promote");
+            }
             Err(error) => return Err(error),
         }
     }
-    for run in &swept.promoted {
-        tracing::warn!(run.id = %run, "waited for a slot that was free: queued");
-    }
-    swept.keys = db.with(async |connection| forget_keys(connection, 10 * BATCH).await).await?;
-    Ok(swept)
+    Ok(promoted)
 }

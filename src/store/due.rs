@@ -3,18 +3,52 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-/// At most `limit` scheduled runs that are due, for [`start`].
+/// Of one workflow a look takes the first few: enough to get on, and one that can't be started does not hide the next.
+const OF_ONE: i64 = 10;
+
+/// At most `limit` scheduled runs that are due, for [`start`]: the first of each workflow before the second of any. Which
+/// workflows, where there are too many, is left to chance: those of which nothing can be started do not keep the others from
+/// their turn. In the order in which all lock them: by workflow, and there as they are due.
 pub async fn due(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar!(
-        "select id from test_runs where status = 'scheduled' and run_at <= now() order by run_at, id limit $1",
-        limit
+        r#"
+        -- each workflow once, by steps through the index, however many runs it has; and none while nothing is due
+        with recursive w as (
+            (select workflow_id from test_runs
+             where status = 'scheduled'
+               and exists (select from test_runs where status = 'scheduled' and run_at <= now())
+             order by workflow_id limit 1)
+            union all
+            select (select r.workflow_id from test_runs r
+                    where r.status = 'scheduled' and r.workflow_id > w.workflow_id order by r.workflow_id limit 1)
+            from w
+            where w.workflow_id is not null
+        )
+        select id as "id!"
+        from (
+            select first.*
+            from w
+            cross join lateral (
+                select r.id, r.workflow_id, r.run_at, row_number() over (order by r.run_at, r.id) as place
+                from test_runs r
+                where r.workflow_id = w.workflow_id and r.status = 'scheduled' and r.run_at <= now()
+                order by r.run_at, r.id
+                limit $2
+            ) first
+            order by place, random()
+            limit $1
+        ) s
+        order by workflow_id, run_at, id
+        "#,
+        limit,
+        OF_ONE
     )
     .fetch_all(connection)
     .await
 }
 
 /// Lets those of `run_ids` that are still scheduled, and due, meet their slot: each is queued, waiting or skipped then. Returns
-/// which; what somebody else has locked is for a later look.
+/// which; what somebody else has locked, or whose slot somebody is at, is for a later look, and takes 20 ms at most.
 pub async fn start(connection: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
     sqlx::query_scalar!(
         r#"
@@ -33,7 +67,8 @@ pub async fn start(connection: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Res
 }
 
 /// Workflows with waiting runs whose slot is free, or whose holder does not know that somebody waits. There should be none.
-pub async fn stranded(connection: &mut PgConnection) -> sqlx::Result<Vec<String>> {
+/// At most `limit`, in any order: those that can't be promoted do not keep the others from their turn.
+pub async fn stranded(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<String>> {
     sqlx::query_scalar!(
         r#"
         -- each workflow once, by steps through the index, however many runs wait for it
@@ -57,8 +92,10 @@ pub async fn stranded(connection: &mut PgConnection) -> sqlx::Result<Vec<String>
               where r.workflow_id = w.workflow_id and r.status = 'waiting'
                 and not exists (
                     select from pauses p where p.kind = 'workflow' and p.name in (r.workflow_id, r.definition)))
-        limit 100
-        "#
+        order by random()
+        limit $1
+        "#,
+        limit
     )
     .fetch_all(connection)
     .await

@@ -290,7 +290,7 @@ async fn look_closely(
             ("idempotency-in-flight", None) => Some(Enqueued::KeyInFlight),
             ("slot-taken", None) => holder(row.holder).map(Enqueued::SlotTaken),
             ("too-many-waiting", None) => Some(Enqueued::TooManyWaiting(holder(row.holder))),
-            ("workflow-paused", None) => pauses::of_workflow(connection, &request.workflow_id)
+            ("workflow-paused", None) => pauses::of_workflow(connection, &request.workflow_id, request.rerun_of)
                 .await
                 .map_err(after_a_commit)?
                 .map(Enqueued::Paused),

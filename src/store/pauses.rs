@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use sqlx::PgConnection;
 use sqlx::types::Json;
+use uuid::Uuid;
 
 use crate::domain::{Pause, Status, WorkflowId};
 
@@ -62,14 +63,25 @@ pub async fn resume(connection: &mut PgConnection, kind: Kind, name: &str) -> sq
     }
 }
 
-/// The pause that a workflow is under, its own or that of its definition.
-pub async fn of_workflow(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Pause>> {
+/// The pause that a workflow is under: its own, or that of the definition which a new run of it uses. That is the one of
+/// exactly this id if there is one, else the one before the `@`; for a run again of `rerun_of` it is that run's.
+pub async fn of_workflow(
+    connection: &mut PgConnection,
+    id: &WorkflowId,
+    rerun_of: Option<Uuid>,
+) -> sqlx::Result<Option<Pause>> {
     sqlx::query_as!(
         Pause,
         "select name, reason, paused_by, paused_at from pauses
-         where kind = 'workflow' and name in ($1, $2) order by length(name) desc limit 1",
+         where kind = 'workflow'
+           and name in ($1, coalesce(
+               (select definition from test_runs where id = $3),
+               (select w.id from workflows w where w.id in ($1, $2) and w.deleted_at is null
+                order by length(w.id) desc limit 1)))
+         order by length(name) desc limit 1",
         id.as_str(),
         id.definition(),
+        rerun_of,
     )
     .fetch_optional(connection)
     .await

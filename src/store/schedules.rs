@@ -5,6 +5,7 @@ use serde_json::Value;
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use super::pauses;
 use crate::domain::WorkflowId;
 
 /// A schedule of which something is to be done.
@@ -96,18 +97,18 @@ pub struct Shown {
 
 /// The schedule of exactly this id; `None` where there is no such workflow.
 pub async fn get(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Option<Shown>> {
-    sqlx::query_as!(
-        Shown,
+    let row = sqlx::query!(
         r#"
-        select v.schedule, now() as "now!",
-               exists (select from pauses p where p.kind = 'workflow' and p.name in ($1, $2)) as "paused!"
+        select v.schedule, now() as "now!"
         from workflows w
         join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
         where w.id = $1 and w.deleted_at is null
         "#,
         id.as_str(),
-        id.definition(),
     )
-    .fetch_optional(connection)
-    .await
+    .fetch_optional(&mut *connection)
+    .await?;
+    let Some(row) = row else { return Ok(None) };
+    let paused = pauses::of_workflow(connection, id, None).await?.is_some();
+    Ok(Some(Shown { schedule: row.schedule, paused, now: row.now }))
 }

@@ -159,3 +159,67 @@ async fn a_due_run_that_somebody_has_locked_keeps_no_other_and_is_started_later(
     assert_eq!(start_due(&test.db).await.unwrap().runs.len(), 1);
     test.check().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_that_stays_open_on_many_workflows_does_not_keep_the_due_runs_of_the_others() {
+    let test = TestDb::new().await;
+    for number in 0..110 {
+        plant::workflow(&test.sql, &format!("blocked{number}"), &["true"]).await;
+    }
+    // Before and after the blocked ones by name, and later due.
+    for workflow in ["a", "z"] {
+        plant::workflow(&test.sql, workflow, &["true"]).await;
+    }
+    let later = "select enqueue_run(id, on_conflict => 'wait', run_at => now() + interval '1 h') from workflows order by id desc";
+    sqlx::raw_sql(later).execute(&test.sql).await.unwrap();
+    sqlx::raw_sql(later).execute(&test.sql).await.unwrap();
+    pass_time(&test).await;
+    sqlx::raw_sql(
+        "update test_runs set run_at = run_at - interval '1 h', version = version + 1 where workflow_id like 'blocked%'",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql("select enqueue_run(id) from workflows where id like 'blocked%'").execute(&mut *open).await.unwrap();
+    let since = std::time::Instant::now();
+    for look in 1.. {
+        start_due(&test.db).await.unwrap();
+        let left: i64 = sqlx::query_scalar(
+            "select count(*) from test_runs where status = 'scheduled' and workflow_id not like 'blocked%'",
+        )
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+        if left <= 2 {
+            break; // the first of each; the second ones are not before anybody's first
+        }
+        assert!(look < 20, "{left} runs of free workflows are still to be started");
+    }
+    assert!(since.elapsed() < std::time::Duration::from_secs(20), "{:?}", since.elapsed());
+    open.rollback().await.unwrap();
+    while !start_due(&test.db).await.unwrap().runs.is_empty() {}
+    let left: i64 = sqlx::query_scalar("select count(*) from test_runs where status = 'scheduled'")
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(left, 0, "all of them, when it is over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_due_run_that_the_database_refuses_does_not_keep_the_next_of_its_workflow() {
+    let test = TestDb::new().await;
+    plant::workflow(&test.sql, "poison", &["true"]).await;
+    plant::run(&test, "poison", Status::Running).await;
+    plant::poison(&test).await;
+    // The first is skipped, which ends it, and is refused; the second waits.
+    for policy in ["reject", "wait"] {
+        sqlx::query("select enqueue_run('poison', on_conflict => $1, run_at => now() + interval '1 h')")
+            .bind(policy)
+            .execute(&test.sql)
+            .await
+            .unwrap();
+    }
+    pass_time(&test).await;
+    assert_eq!(start_due(&test.db).await.unwrap().runs.len(), 1);
+}

@@ -65,6 +65,14 @@ async fn an_instance_is_paused_by_itself_and_its_definition_goes_on() {
     assert_eq!(client.enqueue("deploy@a").await.status, 409, "to resume the definition ends its own pause only");
     do_to(client, "workflows/deploy@a/resume", json!({})).await;
     assert_eq!(client.enqueue("deploy@a").await.status, 202);
+    // A run again uses the definition of the run, whose pause it is told, also when there is a nearer one by now.
+    let run = client.enqueue("deploy@c").await.run_id();
+    client.post(&format!("/api/v1/runs/{run}/cancel"), json!({})).await;
+    client.define_pull("deploy@c", json!({})).await;
+    do_to(client, "workflows/deploy/pause", json!({"reason": "all"})).await;
+    let again = client.post(&format!("/api/v1/runs/{run}/rerun"), json!({})).await;
+    assert_eq!((again.status, again.cause()), (409, "workflow-paused"), "{again:?}");
+    assert_eq!(client.enqueue("deploy@c").await.status, 202);
     let unknown = client.post("/api/v1/workflows/nobody/pause", json!({})).await;
     assert_eq!((unknown.status, unknown.cause()), (404, "not-found"));
 }

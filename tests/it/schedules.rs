@@ -6,6 +6,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::{Value, json};
 use singletrack::domain::{Status, WorkflowId};
 use singletrack::engine::scheduler::{Report, Scheduler};
+use singletrack::engine::sweeper::start_due;
 use singletrack::store::pauses;
 use singletrack::store::schedules::{advance, pending};
 use singletrack::store::workflows::{self, Deleted};
@@ -353,18 +354,22 @@ async fn a_tick_is_fired_and_moved_on_together_or_not_at_all_and_the_others_are_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_that_somebody_has_locked_does_not_keep_the_other_schedules() {
+async fn a_slot_that_somebody_has_locked_keeps_no_schedule_and_loses_no_tick() {
     let test = TestDb::new().await;
-    ticking(&test, "w", 5, json!({}), json!({"on_conflict": "wait"})).await;
+    let tick = ticking(&test, "w", 5, json!({}), json!({"on_conflict": "wait"})).await;
     let holder = plant::run(&test, "w", Status::Running).await.run_id;
     let mut hand = test.sql.begin().await.unwrap();
     sqlx::query("select from test_runs where id = $1 for update").bind(holder).execute(&mut *hand).await.unwrap();
     ticking(&test, "other", 5, json!({}), json!({})).await;
     let report = pass(&test).await;
-    assert_eq!((report.fired.len(), ticks(&test, "other").await.len()), (1, 1));
+    assert_eq!((report.fired.len(), ticks(&test, "other").await.len()), (2, 1));
+    // However long somebody has it locked, the tick is not lost: there is a run, and the schedule has moved on.
+    assert_eq!(ticks(&test, "w").await, [(tick, "scheduled".to_owned(), None)]);
+    assert!(standing(&test, "w").await.unwrap().1.unwrap() > tick + TimeDelta::days(300));
+    assert!(start_due(&test.db).await.unwrap().runs.is_empty());
     hand.rollback().await.unwrap();
-    assert_eq!(pass(&test).await.fired.len(), 1);
-    assert_eq!(ticks(&test, "w").await[0].1, "waiting");
+    assert_eq!(start_due(&test.db).await.unwrap().runs.len(), 1);
+    assert_eq!(ticks(&test, "w").await, [(tick, "waiting".to_owned(), None)]);
     test.check().await;
 }
 
@@ -394,6 +399,9 @@ async fn the_next_ticks_are_told() {
     assert_eq!(fewer.body["paused"], false);
     replica.client.post(&format!("{path}/pause"), json!({})).await;
     assert_eq!(replica.client.get("/api/v1/schedules/nightly/next").await.body["paused"], true);
+    replica.client.put("/api/v1/workflows/nightly@own", json!({"executor": executor, "schedule": schedule})).await;
+    let own = replica.client.get("/api/v1/schedules/nightly@own/next").await;
+    assert_eq!(own.body["paused"], false, "it has a definition of its own: {own:?}");
 
     for wrong in ["count=0", "count=101", "count=many", "count="] {
         let refused = replica.client.get(&format!("/api/v1/schedules/nightly/next?{wrong}")).await;

@@ -405,3 +405,33 @@ async fn somebody_who_is_about_to_wait_for_a_paused_instance_blocks_no_other_ins
     assert_eq!(plant::left(&test.sql).await, 3, "each instance has its run");
     test.check().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiters_that_cannot_be_promoted_keep_neither_the_others_nor_the_keys() {
+    let test = TestDb::new().await;
+    for number in 0..101 {
+        plant::workflow(&test.sql, &format!("bad{number}"), &["true"]).await;
+    }
+    plant::workflow(&test.sql, "good", &["true"]).await;
+    sqlx::raw_sql(
+        "select enqueue_run(id), enqueue_run(id, on_conflict => 'wait', idempotency_key => 'k') from workflows;
+         alter table test_runs disable trigger test_runs_hand_on_slot;
+         select cancel_run(id) from test_runs where status = 'queued';
+         alter table test_runs enable trigger test_runs_hand_on_slot;
+         update idempotency_keys set expires_at = now() - interval '1 s';
+         create function refuse_bad() returns trigger language plpgsql as $$
+         begin raise exception 'this row is bad'; end $$;
+         create trigger bad before update on test_runs for each row
+         when (new.workflow_id like 'bad%') execute function refuse_bad()",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    let first = sweep(&test.db).await.unwrap();
+    assert_eq!(first.keys, 102);
+    let mut promoted = first.promoted;
+    for _ in 0..5 {
+        promoted.extend(sweep(&test.db).await.unwrap().promoted);
+    }
+    assert_eq!(promoted.len(), 1, "the good one");
+}
