@@ -164,7 +164,7 @@ begin
         with given as (
             select g.requester, g.refusals, g.first_at, g.last_at,
                    (k.run_id is null and g.requester <> '') as new_name,
-                   row_number() over (partition by k.run_id is null and g.requester <> '' order by g.refusals desc, g.requester) as rank
+                   row_number() over (partition by k.run_id is null and g.requester <> '' order by g.refusals desc, g.first_at, g.requester) as rank
             from unnest(record_refusals.run_ids, requesters, record_refusals.refusals, record_refusals.first_at, record_refusals.last_at)
                 as g (run_id, requester, refusals, first_at, last_at)
             left join run_refusals k on k.run_id = g.run_id and k.requester = g.requester

@@ -117,7 +117,14 @@ impl Problem {
     }
 
     pub(super) fn slot_taken(holder: Holder) -> Self {
+        let detail = match holder.status.is_final() {
+            true => "That one is over by now: ask again.",
+            false => {
+                "Ask again when it may be over, hold the answer until then with `Prefer: wait=N`, or say by `on_conflict` to wait for it, to join it, or to replace it."
+            }
+        };
         Self {
+            detail: Some(detail.into()),
             run_id: Some(holder.run_id),
             retry_after: Some(retry_after(&holder)),
             holder: Some(Box::new(holder)),
@@ -396,6 +403,9 @@ const RETRY: u16 = 5;
 
 /// When it is worth asking again: when the holder may be over, but not in more than a minute.
 fn retry_after(holder: &Holder) -> u16 {
+    if holder.status.is_final() {
+        return 0;
+    }
     let Some(at) = holder.expected_end_at.or(holder.available_at) else { return RETRY };
     let seconds = (at - Utc::now()).num_seconds().clamp(0, 60) as u16;
     if seconds == 0 { RETRY } else { seconds }

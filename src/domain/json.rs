@@ -32,6 +32,16 @@ pub fn read<T: DeserializeOwned>(value: Value) -> Result<T, (String, String)> {
     })
 }
 
+/// What chrono says of a text that is no time.
+const TIME_MISTAKES: [&str; 6] = [
+    "input contains invalid characters",
+    "premature end of input",
+    "input is out of range",
+    "trailing input",
+    "input is not enough for unique date and time",
+    "no possible date and time matching input",
+];
+
 /// What serde says of a wrong value, in the words of JSON. A string is not repeated: it may be a token.
 fn in_words(detail: &str) -> String {
     let parts = |what| detail.strip_prefix(what).and_then(|rest| rest.rsplit_once(", expected "));
@@ -54,6 +64,9 @@ fn in_words(detail: &str) -> String {
     }
     if let Some((given, _)) = parts("invalid value: integer ") {
         return format!("{given} is out of range: /openapi.json has the bounds");
+    }
+    if TIME_MISTAKES.contains(&detail) {
+        return "is not a time such as 2026-01-31T08:00:00Z".to_owned();
     }
     match detail.strip_prefix("unknown variant ") {
         Some(rest) => rest.replacen("`, expected", "` is not known, expected", 1),

@@ -264,7 +264,10 @@ async fn callers_for_whom_there_is_no_place_to_wait_are_refused_at_once_and_see_
 async fn that_too_many_wait_is_said_at_once_whatever_the_caller_prefers() {
     let test = TestDb::new().await;
     plant::run(&test, "w", Status::Running).await;
-    sqlx::raw_sql("update workflow_revisions set max_waiting = 1, on_conflict = 'wait'").execute(&test.sql).await.unwrap();
+    sqlx::raw_sql("update workflow_revisions set max_waiting = 1, on_conflict = 'wait'")
+        .execute(&test.sql)
+        .await
+        .unwrap();
     let replica = Replica::api_only(&test).await;
     assert_eq!(replica.client.enqueue("w").await.status, 202);
     let refused = wait_for(&replica.client, "w", 20).await;
