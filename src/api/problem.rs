@@ -361,7 +361,12 @@ impl Problem {
     /// Logs what the client is not told. Once, at the edge: the layers below hand errors up and log nothing.
     pub(super) fn log(&self) {
         if let Some(cause) = &self.for_the_log {
-            tracing::error!(http.status = self.status.as_u16(), problem = self.cause, %cause, "request failed");
+            let status = self.status.as_u16();
+            match self.cause {
+                // Somebody has a lock: that may be as it should.
+                "database-busy" => tracing::warn!(http.status = status, problem = self.cause, %cause, "request failed"),
+                _ => tracing::error!(http.status = status, problem = self.cause, %cause, "request failed"),
+            }
         }
     }
 

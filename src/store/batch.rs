@@ -37,7 +37,7 @@ pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, 
     while let Some((piece, repeated)) = pieces.pop() {
         let first = &requests[piece[0]].workflow_id;
         if let Some(error) = &gone {
-            answers.fail(&piece, error);
+            answers.fail(&piece, repeated, error);
             continue;
         }
         let together: Vec<&Request> = piece.iter().map(|&index| &requests[index]).collect();
@@ -52,7 +52,7 @@ pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, 
                 Some((front, back)) => pieces.extend([(back, true), (front, true)]),
                 None => {
                     blocked.insert(first);
-                    answers.look_up(db, &piece, Error::Busy(error)).await;
+                    answers.look_up(db, &piece, repeated, Error::Busy(error)).await;
                 }
             },
             // One that the database refuses must not keep the others.
@@ -61,9 +61,10 @@ pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, 
                 let (front, back) = piece.split_at(piece.len() / 2);
                 pieces.extend([(back.to_vec(), true), (front.to_vec(), true)]);
             }
+            Err(error @ Error::Refused(_)) => answers.look_up(db, &piece, repeated, error).await,
             Err(error) => {
                 let error = Arc::new(error);
-                answers.fail(&piece, &error);
+                answers.fail(&piece, repeated, &error);
                 // What comes after would only wait in vain.
                 gone = error.is_passing().then_some(error);
             }
@@ -83,17 +84,20 @@ impl Answers<'_> {
         piece.iter().zip(found).for_each(|(&index, found)| self.given[index] = Some(Ok(found)));
     }
 
-    fn fail(&mut self, piece: &[usize], error: &Arc<Error>) {
+    /// For what could not be sent, or got no answer. What was sent before, as a part of something larger, may be there.
+    fn fail(&mut self, piece: &[usize], repeated: bool, error: &Arc<Error>) {
+        let known = !repeated || error.outcome_unknown();
+        let error = if known { error.clone() } else { Arc::new(Error::TimedOut) };
         piece.iter().for_each(|&index| self.given[index] = Some(Err(error.clone())));
     }
 
     /// For what was not carried out whole, and is not under way any more: what is there was accepted, `error` is the answer to
     /// the others.
-    async fn look_up(&mut self, db: &Db, piece: &[usize], error: Error) {
+    async fn look_up(&mut self, db: &Db, piece: &[usize], repeated: bool, error: Error) {
         let ids: Vec<Uuid> = piece.iter().map(|&index| self.requests[index].id).collect();
         let there = match piece {
-            // Alone it was one statement, which did nothing.
-            [_] => Ok(Default::default()),
+            // Alone, and for the first time, it was one statement, which did nothing.
+            [_] if !repeated => Ok(Default::default()),
             _ => db.with(async |connection| read(connection, &ids).await).await,
         };
         let error = Arc::new(match &there {

@@ -85,7 +85,7 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
 
 /// What `worker` took by an earlier claim under `claim_id` and has not settled since; `None` when that claim took nothing,
 /// or there was none.
-async fn taken_before(
+pub async fn taken_before(
     connection: &mut PgConnection,
     worker: &str,
     claim_id: &str,
