@@ -191,8 +191,8 @@ async fn a_transaction_that_stays_open_on_many_workflows_does_not_keep_the_due_r
         .fetch_one(&test.sql)
         .await
         .unwrap();
-        if left <= 2 {
-            break; // the first of each; the second ones are not before anybody's first
+        if left == 0 {
+            break;
         }
         assert!(look < 20, "{left} runs of free workflows are still to be started");
     }
