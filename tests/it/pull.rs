@@ -288,7 +288,13 @@ async fn a_replica_that_stops_ends_the_claims_that_wait_and_takes_nothing_for_th
     replica.stop.ask();
     assert!(waiting.await.unwrap().is_empty());
     other.client.enqueue_pull("w").await;
-    // It answers until it is gone.
+    // It answers until it is gone: what it gave before, to whoever repeats the claim, and else nothing.
+    other.client.enqueue_pull("before").await;
+    let again = claim_body(json!({"claim_id": "before", "workflows": ["before"]}));
+    let given = other.client.post("/api/v1/claims", again.clone()).await.body;
+    if let Ok(late) = Answer::of(replica.client.request(Method::POST, "/api/v1/claims").json(&again)).await {
+        assert_eq!((late.status, late.body["runs"][0]["id"].as_str()), (200, given["runs"][0]["id"].as_str()));
+    }
     if let Ok(late) =
         Answer::of(replica.client.request(Method::POST, "/api/v1/claims").json(&claim_body(json!({})))).await
     {
