@@ -254,6 +254,7 @@ pub(super) struct Entry {
     #[schema(min_length = 1, max_length = 255)]
     idempotency_key: Option<String>,
     /// As in the body of an enqueue, and so all of the following.
+    #[serde(default)]
     #[schema(value_type = Value)]
     input: Option<serde_json::Value>,
     on_conflict: Option<OnConflict>,

@@ -238,7 +238,7 @@ pub(super) struct Finished {
 }
 
 /// Whether a lease was good for what was asked: `ok`, it is done; `lost`, the lease is gone and nothing was changed; `busy`, somebody has
-/// the run locked and nothing was changed: send it again.
+/// the run locked, or the database went away in between: send it again.
 #[derive(Clone, Copy, Debug, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Taken {

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
 use tokio::time::sleep;
@@ -20,6 +20,8 @@ const REPEATS: usize = 3;
 const PIECE: usize = 500;
 /// Runs that are cancelled by one statement.
 const CANCELS: usize = 50;
+/// How long is gone on with cancelling, however many of the runs are locked.
+const LONGEST_CANCEL: Duration = Duration::from_secs(20);
 /// How long many together wait for a lock that somebody else has: one workflow must not hold up the others.
 const SHORT: &str = "100ms";
 
@@ -186,14 +188,20 @@ pub async fn settle_all(db: &Db, outcomes: &[(Lease, Outcome)]) -> Result<Vec<Op
         match alone.await {
             Ok(settled) => answers.extend(settled.into_iter().map(Some)),
             Err(Error::Busy(_)) => answers.push(None),
-            Err(error) => return Err(error),
+            Err(error) if answers.iter().all(Option::is_none) => return Err(error),
+            // What is settled is answered; the rest may be sent again, settled or not.
+            Err(error) => {
+                tracing::warn!(%error, "can't settle the rest");
+                break;
+            }
         }
     }
+    answers.resize(outcomes.len(), None);
     if answers.iter().all(Option::is_none) { Err(Error::Busy(busy)) } else { Ok(answers) }
 }
 
 /// Cancels runs in the name of `actor`. Where somebody has one of them locked, the others are cancelled all the same; `None` is for
-/// what could not be, now, and for all that comes after the database went away.
+/// what could not be, now, and for all that comes after the database went away, or after 20 seconds.
 ///
 /// # Errors
 /// Where nothing is done.
@@ -201,7 +209,8 @@ pub async fn cancel_apart(db: &Db, run_ids: &[Uuid], actor: &str) -> Result<Vec<
     let mut answers: Vec<Option<Cancelled>> = Vec::with_capacity(run_ids.len());
     // Short ones: they hold what they lock until they end, and others lock in another order.
     let mut pieces: Vec<&[Uuid]> = run_ids.chunks(CANCELS).rev().collect();
-    while let Some(piece) = pieces.pop() {
+    let since = Instant::now();
+    while let Some(piece) = pieces.pop().filter(|_| since.elapsed() < LONGEST_CANCEL) {
         let cancelled = db.with(async |connection| {
             set_lock_timeout(connection, SHORT).await?;
             let cancelled = cancel_all(connection, piece, actor).await;

@@ -73,8 +73,10 @@ async fn an_instance_is_paused_by_itself_and_its_definition_goes_on() {
     let again = client.post(&format!("/api/v1/runs/{run}/rerun"), json!({})).await;
     assert_eq!((again.status, again.cause()), (409, "workflow-paused"), "{again:?}");
     assert_eq!(client.enqueue("deploy@c").await.status, 202);
-    let unknown = client.post("/api/v1/workflows/nobody/pause", json!({})).await;
-    assert_eq!((unknown.status, unknown.cause()), (404, "not-found"));
+    for what in ["pause", "resume"] {
+        let unknown = client.post(&format!("/api/v1/workflows/nobody/{what}"), json!({})).await;
+        assert_eq!((unknown.status, unknown.cause()), (404, "not-found"), "{what}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
