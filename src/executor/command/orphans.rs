@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpgrp, getpid, set_child_subreaper, waitid};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, getpid, set_child_subreaper, waitid};
 use tokio::process::{Child, Command};
 use tokio::time::sleep;
 
@@ -76,7 +76,9 @@ fn kill_orphans(guard: &Registered) -> io::Result<usize> {
     let all = Process::all()?;
     // After the look, or a child that is just started would be in neither.
     let own_children = own_children();
-    let (own, group) = (getpid().as_raw_pid(), getpgrp().as_raw_pid());
+    // As /proc has it: 0 where the group's leader is outside of a container's PID namespace, which rustix takes for impossible.
+    let myself = all.iter().find(|process| process.pid == getpid()).ok_or(io::ErrorKind::NotFound)?;
+    let (own, group) = (myself.pid.as_raw_pid(), myself.group);
     let is_orphan = |process: &&Process| {
         process.parent == own
             && process.group != group

@@ -190,3 +190,11 @@ mod ending;
 mod limits;
 mod printing;
 mod starting;
+
+/// A field of this process's line in /proc, by its number in proc(5), from 3 on. As text: where the leader of its group or session
+/// is outside of a container's PID namespace, that is 0, which rustix takes for impossible.
+fn own_stat(number: usize) -> String {
+    let line = std::fs::read_to_string("/proc/self/stat").expect("the test's own line");
+    let (_, fields) = line.rsplit_once(") ").expect("a name in parentheses");
+    fields.split(' ').nth(number - 3).expect("a field").to_owned()
+}

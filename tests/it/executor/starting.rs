@@ -70,9 +70,7 @@ async fn a_command_leads_its_own_process_group_with_signals_as_new() {
 async fn a_command_has_no_terminal_on_which_to_wait_for_a_password() {
     let text = program(&["cut", "-d ", "-f6,7", "/proc/self/stat"]).guarded(Mode::Subreaper).run().await;
     let text = text.text(Stream::Stdout);
-    // Read as text: where the session's leader is outside of a container's PID namespace, its number is 0.
-    let own = std::fs::read_to_string("/proc/self/stat").expect("the test's own line");
-    let own = own.rsplit(") ").next().and_then(|fields| fields.split(' ').nth(3)).expect("a session");
+    let own = own_stat(5);
     let (session, terminal) = text.trim().split_once(' ').expect("two numbers");
     assert!(session != own && session != "0" && terminal == "0", "{text}");
 }
