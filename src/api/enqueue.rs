@@ -16,7 +16,7 @@ use super::runs::{LONGEST_WAIT, follow};
 use super::{Api, run_path, to_its_end};
 use crate::domain::object::objects;
 use crate::domain::retry::check_max_attempts;
-use crate::domain::workflow::{check_labels, check_priority};
+use crate::domain::workflow::{check_key, check_labels, check_priority};
 use crate::domain::{Holder, OnConflict, Run, Status, WorkflowId};
 use crate::store;
 use crate::store::batch::enqueue_all;
@@ -114,7 +114,7 @@ impl NewRun {
     post, path = "/api/v1/workflows/{id}/runs", operation_id = "enqueue_run",
     tag = TAG, security((), ("api_key" = ["enqueue"])),
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
-           ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 visible characters, the caller's choice, per workflow"),
+           ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters, the caller's choice, per workflow"),
            ("Prefer" = Option<String>, Header, description = "`wait=30`: hold a 409 until the holder is over", example = "wait=30"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     request_body = NewRun,
@@ -358,8 +358,11 @@ fn read_entry(
     };
     let key_text = match entry.remove("idempotency_key") {
         None | Some(serde_json::Value::Null) => None,
-        Some(serde_json::Value::String(text)) if is_key(&text) => Some(text),
-        Some(_) => return Err(wrong("idempotency_key", KEY_FORM.into())),
+        Some(serde_json::Value::String(text)) => {
+            check_key(&text).map_err(|detail| wrong("idempotency_key", detail))?;
+            Some(text)
+        }
+        Some(_) => return Err(wrong("idempotency_key", "must be a string".into())),
     };
     let new: NewRun = read_value(serde_json::Value::Object(entry), at).map_err(|mistake| vec![mistake])?;
     let mistakes = new.mistakes(at);
@@ -367,12 +370,4 @@ fn read_entry(
         return Err(mistakes);
     }
     Ok(new.request(workflow_id, key(api, key_text), requested_by.to_owned()))
-}
-
-/// What an idempotency key looks like, for people.
-pub(super) const KEY_FORM: &str = "must be 1 to 255 visible characters";
-
-/// Whether `text` can be an idempotency key.
-pub(super) fn is_key(text: &str) -> bool {
-    (1..=255).contains(&text.chars().count()) && !text.contains(char::is_control) && text.trim() == text
 }

@@ -14,9 +14,9 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::enqueue::{KEY_FORM, is_key};
 use super::problem::{Mistake, Place, Problem};
 use crate::domain::json;
+use crate::domain::workflow::check_key;
 
 /// A body of JSON. An empty body with the right content type is `{}`.
 pub(super) struct Json<T>(pub(super) T);
@@ -194,8 +194,10 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Pro
     let mut keys = headers.get_all(HEADER).iter().map(|key| std::str::from_utf8(key.as_bytes()).unwrap_or_default());
     match (keys.next(), keys.next()) {
         (None, _) => Ok(None),
-        (Some(key), None) if is_key(key) => Ok(Some(key.to_owned())),
-        (Some(_), None) => Err(Problem::invalid_at(Place::Header(HEADER.into()), KEY_FORM)),
+        (Some(key), None) => match check_key(key) {
+            Ok(()) => Ok(Some(key.to_owned())),
+            Err(detail) => Err(Problem::invalid_at(Place::Header(HEADER.into()), detail)),
+        },
         (Some(_), Some(_)) => Err(Problem::invalid_at(Place::Header(HEADER.into()), "is given more than once")),
     }
 }

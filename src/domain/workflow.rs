@@ -70,6 +70,14 @@ pub fn check_queue(queue: &str) -> Result<(), String> {
     Err(format!("`{}` is not a queue: {form}", queue.escape_debug()))
 }
 
+/// Checks an idempotency key.
+pub fn check_key(key: &str) -> Result<(), String> {
+    if (1..=255).contains(&key.chars().count()) && !key.contains(char::is_control) && key.trim() == key {
+        return Ok(());
+    }
+    Err("must be 1 to 255 characters, without blanks at its ends".to_owned())
+}
+
 /// Checks a priority.
 pub fn check_priority(priority: i16) -> Result<(), String> {
     if (-100..=100).contains(&priority) {
