@@ -7,8 +7,8 @@
 //!
 //! # One run, from the request to its end
 //!
-//! 1. `POST /api/v1/workflows/{id}/runs` reaches [`api`], which parses and calls [`store::enqueue`]: one statement that
-//!    looks for a holder, inserts if there is none, and writes the first event. 202 is answered after its commit.
+//! 1. `POST /api/v1/workflows/{id}/runs` reaches [`api`], which parses and calls [`store::enqueue`], by way of
+//!    [`store::batch`], which repeats what got lost and takes apart what is blocked: one statement that looks for a holder, inserts if there is none, and writes the first event. 202 is answered after its commit.
 //! 2. The dispatcher of some replica ([`engine::dispatcher`]) claims it ([`store::claim`]): `FOR UPDATE SKIP LOCKED`, up to
 //!    the replica's free capacity, with a new fence and a secret. Together they are the [`domain::Lease`].
 //! 3. One attempt (`engine/attempt.rs`) has an [`executor`] do the work and stores the log: a command behind its guard, a
