@@ -29,6 +29,7 @@ mod examples;
 mod executor;
 mod executor_definitions;
 mod expiry;
+mod fault_parts;
 mod fences;
 mod guard;
 mod guards;

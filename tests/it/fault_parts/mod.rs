@@ -1,0 +1,60 @@
+//! The parts of the fault suite do to a database what they say: else its account would be of faults that never happened.
+
+#[path = "../../fault/proxy.rs"]
+mod proxy;
+#[path = "../../fault/statements.rs"]
+mod statements;
+#[path = "../../fault/wire.rs"]
+mod wire;
+
+mod bytes;
+mod cuts;
+mod known;
+mod network;
+
+use std::time::Duration;
+
+use sqlx::Connection as _;
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgSslMode};
+
+use self::proxy::{Proxy, Target};
+use crate::support::database::TestDb;
+
+/// How long a part may take for what it says; no test is slow because of it.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A database with an empty table `rows`, by way of a proxy.
+struct Behind {
+    proxy: Proxy,
+    test: TestDb,
+}
+
+impl Behind {
+    async fn new(seed: u64) -> Self {
+        let test = TestDb::new().await;
+        sqlx::query("create table rows (n bigint primary key, text text)").execute(&test.sql).await.unwrap();
+        let folder = test.options().get_socket().unwrap().clone();
+        let proxy = Proxy::start(Target::Unix(folder.join(".s.PGSQL.5432")), seed).unwrap();
+        Self { proxy, test }
+    }
+
+    fn options(&self) -> PgConnectOptions {
+        let direct = self.test.options();
+        let database = direct.get_database().unwrap();
+        let there = PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(self.proxy.port());
+        there.username(direct.get_username()).database(database).ssl_mode(PgSslMode::Disable)
+    }
+
+    async fn connect(&self) -> PgConnection {
+        PgConnection::connect_with(&self.options()).await.unwrap()
+    }
+
+    /// What is in the table, asked directly.
+    async fn rows(&self) -> Vec<i64> {
+        sqlx::query_scalar("select n from rows order by n").fetch_all(&self.test.sql).await.unwrap()
+    }
+}
+
+async fn insert(connection: &mut PgConnection, n: i64) -> sqlx::Result<()> {
+    sqlx::query("insert into rows values ($1)").bind(n).execute(connection).await.map(|_| ())
+}
