@@ -178,7 +178,7 @@ async fn develop(config: Config) -> anyhow::Result<()> {
 
 async fn start_postgres(config: &Config) -> anyhow::Result<Postgres> {
     let options =
-        dev::Options { data_dir: config.data_dir.clone(), bin_dir: config.pg_bin.clone(), settings: Vec::new() };
+        dev::Options { data_dir: config.data_dir.clone(), bin_dir: config.pg_bin.clone(), ..dev::Options::default() };
     let postgres = tokio::task::spawn_blocking(move || Postgres::start(options)).await??;
     for note in postgres.notes() {
         println!("{note}");

@@ -20,6 +20,8 @@ pub struct Options {
     pub bin_dir: Option<PathBuf>,
     /// Server settings by name; they win over ours, those that make it durable included.
     pub settings: Vec<(String, String)>,
+    /// Environment variables of the server, by name; they win over those it gets from us. None by default.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A Postgres of our own, durable (`fsync` and `synchronous_commit` on), stopped when this value is dropped.
@@ -65,6 +67,7 @@ impl Postgres {
             cluster,
             log: place.base.join("postgres.log"),
             settings: settings(&socket, options.settings),
+            environment: options.environment,
             socket,
         };
         let mut postgres = Postgres { running: None, launch, base: place.base, notes, socket_elsewhere, _lock: lock };

@@ -40,6 +40,8 @@ pub(super) struct Launch {
     pub(super) log: PathBuf,
     /// Settings, the last of a name wins.
     pub(super) settings: Vec<(String, String)>,
+    /// Environment variables that win over ours.
+    pub(super) environment: Vec<(String, String)>,
 }
 
 /// A server that accepts connections.
@@ -76,6 +78,7 @@ impl Process {
         for (name, value) in &launch.settings {
             command.arg("-c").arg(format!("{name}={value}"));
         }
+        command.envs(launch.environment.iter().map(|(name, value)| (name, value)));
         command.stdout(log.try_clone()?).stderr(log.try_clone()?);
         let (child, thread) = spawn(command).with_context(|| format!("cannot run {}", launch.program.display()))?;
         let mut process = Process { child, _thread: thread };

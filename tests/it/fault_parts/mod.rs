@@ -1,5 +1,7 @@
 //! The parts of the fault suite do to a database what they say: else its account would be of faults that never happened.
 
+#[path = "../../fault/disk.rs"]
+mod disk;
 #[path = "../../fault/proxy.rs"]
 mod proxy;
 #[path = "../../fault/statements.rs"]
@@ -9,6 +11,7 @@ mod wire;
 
 mod bytes;
 mod cuts;
+mod disks;
 mod known;
 mod network;
 

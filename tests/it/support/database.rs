@@ -16,10 +16,15 @@ const TEMPLATE: &str = "singletrack_template";
 
 /// Starts a Postgres of its own under `folder` of the build's temporary folder: for tests that stop and crash it.
 pub fn own_postgres(folder: &str) -> Postgres {
-    start(folder, false)
+    start(folder, false, Vec::new())
 }
 
-fn start(folder: &str, empty: bool) -> Postgres {
+/// The same, on empty data and with environment variables of its own.
+pub fn own_postgres_with(folder: &str, environment: Vec<(String, String)>) -> Postgres {
+    start(folder, true, environment)
+}
+
+fn start(folder: &str, empty: bool, environment: Vec<(String, String)>) -> Postgres {
     let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
     // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root. One per version,
     // for no version starts on what another one left there.
@@ -30,7 +35,7 @@ fn start(folder: &str, empty: bool) -> Postgres {
     if empty {
         remove_unused(&data_dir);
     }
-    Postgres::start(Options { data_dir, bin_dir, settings }).expect("a Postgres for the tests")
+    Postgres::start(Options { data_dir, bin_dir, settings, environment }).expect("a Postgres for the tests")
 }
 
 /// Removes what a run before left, unless another run uses it: dropping its databases one by one takes a checkpoint each.
@@ -51,7 +56,7 @@ fn version(bin_dir: &Path) -> String {
 
 fn shared() -> MutexGuard<'static, Postgres> {
     static SHARED: OnceLock<Mutex<Postgres>> = OnceLock::new();
-    SHARED.get_or_init(|| Mutex::new(start("postgres", true))).lock().unwrap()
+    SHARED.get_or_init(|| Mutex::new(start("postgres", true, Vec::new()))).lock().unwrap()
 }
 
 /// A database of one test.
