@@ -2,7 +2,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test prepare lint
+.PHONY: help run test fault prepare lint
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -15,10 +15,17 @@ run: ## build and start everything, with a Postgres of its own (ARGS="--help": w
 
 test: ## every test, against a Postgres of its own (PG=18: of that version; TESTARGS: for cargo test)
 	@.ci/tools cargo cc
-	@.ci/tools curl jq python3 || [ -z "$$CI" ] # those of examples/, whose tests are skipped without them
+	@.ci/tools curl jq python3 faketime || [ -z "$$CI" ] # what is tested with them is skipped without them
 	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the tests start a Postgres of their own"
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		exec cargo test --locked $(TESTARGS)
+
+fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18)
+	@.ci/tools cargo cc faketime setpriv
+	@cargo build --release --locked --features unfenced && cp target/release/singletrack target/release/singletrack-unfenced
+	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
+		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) \
+		cargo test --release --locked --test fault
 
 prepare: ## write sqlx-data.json anew, after a change of a query or a migration
 	@.ci/prepare

@@ -1,0 +1,205 @@
+//! Which seeds and controls are run, and what is printed about them.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use singletrack::dev::{Options, Postgres};
+
+use super::cluster::{Plan, faketime};
+use super::controls::{Control, no_fence, no_guard, no_index};
+use super::disk::Disk;
+use super::faults;
+use super::seed::{self, Ground, Outcome};
+
+/// How many findings of a seed are printed.
+const SHOWN: usize = 20;
+
+struct Scope {
+    seeds: Vec<u64>,
+    how_long: Duration,
+    /// Runs asked for per second.
+    rate: f64,
+    controls: Vec<Control>,
+    control_time: Duration,
+}
+
+pub fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    match runtime.block_on(all()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            println!("fault suite: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The smoke, or what the environment says.
+fn scope() -> Result<Scope> {
+    let program = PathBuf::from(env!("CARGO_BIN_EXE_singletrack"));
+    let number = |name: &str| -> Result<Option<u64>> {
+        let value = std::env::var(name).ok().filter(|value| !value.is_empty());
+        value.map(|value| value.parse().with_context(|| format!("{name} must be a number, and is {value}"))).transpose()
+    };
+    let (seed, seeds, minutes) = (number("SEED")?, number("SEEDS")?, number("MINUTES")?);
+    let long = std::env::var_os("FAULT_LONG").is_some();
+    let mut controls = Vec::new();
+    if seed.is_none() {
+        controls = vec![no_index(&program), no_guard(&program)];
+        if let Some(unfenced) = std::env::var_os("FAULT_UNFENCED") {
+            controls.push(no_fence(Path::new(&unfenced)));
+        }
+    }
+    let seeds = match (seed, long) {
+        (Some(seed), _) => vec![seed],
+        (None, true) => (1..=seeds.unwrap_or(20)).collect(),
+        (None, false) => vec![1],
+    };
+    let how_long = Duration::from_secs(if long || seed.is_some() { 60 * minutes.unwrap_or(1) } else { 40 });
+    // What two cores can do with ease, so that what is missing is missing because of a fault.
+    let rate = if cfg!(debug_assertions) { 60.0 } else { 220.0 };
+    let control_time = Duration::from_secs(if long { 25 } else { 10 });
+    Ok(Scope { seeds, how_long, rate, controls, control_time })
+}
+
+async fn all() -> Result<bool> {
+    let scope = scope()?;
+    let begun = Instant::now();
+    if faketime().is_none() {
+        println!(
+            "fault suite: libfaketime is not installed: no replica's clock is wrong (Debian: apt install faketime)"
+        );
+        anyhow::ensure!(std::env::var_os("CI").is_none(), "with CI set, nothing is left out");
+    }
+    let ground = ground().await?;
+    let mut good = true;
+    let mut total = Total::default();
+    for seed in &scope.seeds {
+        let (program, environment) = (PathBuf::from(env!("CARGO_BIN_EXE_singletrack")), Vec::new());
+        let quiet = Duration::from_secs(90);
+        let plan = Plan { seed: *seed, rate: scope.rate, program, environment, spoil: None, quiet };
+        let outcome = seed::run(&ground, &plan, &faults::ALL, scope.how_long).await?;
+        good &= report(*seed, &outcome, &ground.folder);
+        total.add(&outcome);
+    }
+    println!("{total}");
+    for (number, control) in (1..).zip(&scope.controls) {
+        match control.run(&ground, number, scope.rate, scope.control_time).await {
+            Ok(noticed) => println!("control {noticed}"),
+            Err(error) => {
+                println!("control FAILED {error:#}");
+                good = false;
+            }
+        }
+    }
+    println!("fault suite: {} in {} s", if good { "passed" } else { "FAILED" }, begun.elapsed().as_secs());
+    tokio::task::spawn_blocking(move || drop(ground)).await?;
+    Ok(good)
+}
+
+/// A durable Postgres on a disk that can be made to fail.
+async fn ground() -> Result<Ground> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fault");
+    std::fs::create_dir_all(&folder)?;
+    let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
+    let data_dir = folder.join(bin_dir.as_deref().map_or("any".into(), version));
+    let setting = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    let settings = [("max_connections", "100"), ("shared_buffers", "128MB"), ("track_commit_timestamp", "on")]
+        .map(setting)
+        .to_vec();
+    let (postgres, disk) = tokio::task::spawn_blocking(move || -> Result<_> {
+        // Where Postgres may enter: next to its data, which may not be where it was asked for.
+        let plain = Options { data_dir, bin_dir, settings, ..Options::default() };
+        let place = Postgres::start(plain.clone())?.data_dir().to_owned();
+        let disk = Disk::build(&place.join("disk"))?;
+        let postgres = Postgres::start(Options { environment: disk.env(), ..plain })?;
+        Ok((postgres, disk))
+    })
+    .await??;
+    Ok(Ground { postgres: Arc::new(Mutex::new(postgres)), disk: Arc::new(disk), folder })
+}
+
+/// A folder for each build of Postgres: no version starts on what another one left.
+fn version(bin_dir: &Path) -> String {
+    bin_dir.display().to_string().replace(|c: char| !c.is_ascii_alphanumeric(), "-")
+}
+
+fn report(seed: u64, outcome: &Outcome, folder: &Path) -> bool {
+    let account = &outcome.account;
+    let of = |executor: &str| account.by_executor.get(executor).copied().unwrap_or_default();
+    println!(
+        "seed {seed}: {} runs ({} pull, {} handler, {} command) from {} accepted, {} refused or joined, {} unknown ({} of them carried out); \
+         {} starts, {} stale, {} leases lost; {} faults, {} resets, {} commits cut off, {} answers lost; {:.0} runs/s before and {:.0} after",
+        account.runs,
+        of("pull"),
+        of("handler"),
+        of("command"),
+        account.accepted,
+        account.conflicts,
+        account.unknown,
+        account.unknown_carried_out,
+        account.starts,
+        account.stale,
+        account.lost_leases,
+        outcome.faults.len(),
+        outcome.cuts.resets,
+        outcome.cuts.cuts_before_commit,
+        outcome.cuts.cuts_before_answer,
+        outcome.calm,
+        outcome.recovered,
+    );
+    for finding in account.findings.iter().take(SHOWN) {
+        println!("  {finding}");
+    }
+    if account.findings.len() > SHOWN {
+        println!("  and {} more", account.findings.len() - SHOWN);
+    }
+    if !account.findings.is_empty() {
+        println!(
+            "  again: make fault SEED={seed}   what everybody wrote down: {}",
+            folder.join(format!("seed-{seed}")).display()
+        );
+    }
+    account.findings.is_empty()
+}
+
+/// Over all seeds.
+#[derive(Default)]
+struct Total {
+    runs: usize,
+    commands: usize,
+    faults: usize,
+    findings: usize,
+    frozen_overlaps: usize,
+    kinds: std::collections::HashSet<String>,
+}
+
+impl Total {
+    fn add(&mut self, outcome: &Outcome) {
+        let account = &outcome.account;
+        self.runs += account.runs;
+        self.commands += account.by_executor.get("command").copied().unwrap_or_default();
+        self.faults += outcome.faults.len();
+        self.findings += account.findings.len();
+        self.frozen_overlaps += account.frozen_overlaps;
+        self.kinds.extend(outcome.faults.iter().map(|fault| format!("{fault:?}")));
+    }
+}
+
+impl std::fmt::Display for Total {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { runs, commands, faults, findings, frozen_overlaps, kinds } = self;
+        write!(
+            out,
+            "in all {runs} runs, {commands} of them commands, {faults} faults of {} kinds: {findings} findings; {frozen_overlaps} overlaps while worker and guard were frozen",
+            kinds.len(),
+        )
+    }
+}
