@@ -15,7 +15,7 @@ use singletrack::app::prepare_schema;
 use singletrack::config::Settings;
 use singletrack::domain::{Definition, WorkflowId};
 use singletrack::store::enqueue::{Enqueued, Request, enqueue};
-use singletrack::store::{Db, LIMIT, workflows};
+use singletrack::store::{Db, LIMIT, Servers, workflows};
 use singletrack::{Context, Handlers, Stop, embed};
 
 #[derive(Deserialize)]
@@ -65,9 +65,9 @@ async fn main() -> anyhow::Result<()> {
     });
 
     // Define it and start a run. Any other program, or the API, can do that as well.
-    let options = config.database_url.as_ref().context("DATABASE_URL")?.options();
-    prepare_schema(&options, config.migrate).await?;
-    let db = Db::new(options, 1, LIMIT);
+    let servers = Servers::from(config.database_url.as_ref().context("DATABASE_URL")?.options());
+    prepare_schema(&servers, config.migrate).await?;
+    let db = Db::new(servers, 1, LIMIT);
     let definition: Definition = serde_json::from_value(json!({
         "executor": {"type": "handler"}, "timeout_seconds": 3600, "max_attempts": 3,
     }))?;

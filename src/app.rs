@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::Router;
 use rand::random;
-use sqlx::postgres::PgConnectOptions;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
@@ -23,6 +22,7 @@ use crate::engine::{self, reaper::Reaper};
 use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
+pub use crate::store::Servers;
 use crate::store::{self, Db, migrate};
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
@@ -76,12 +76,9 @@ pub fn bind(config: &Config) -> anyhow::Result<TcpListener> {
 }
 
 /// Brings the schema up to date; returns how many migrations that took.
-pub async fn migrate_schema(options: &PgConnectOptions) -> anyhow::Result<usize> {
-    match migrate::migrate(options).await {
-        Err(migrate::Error::Unreachable(error)) => {
-            let (host, port) = (options.get_host(), options.get_port());
-            Err(anyhow::anyhow!("can't reach the database at {host}:{port} (DATABASE_URL): {error}"))
-        }
+pub async fn migrate_schema(servers: &Servers) -> anyhow::Result<usize> {
+    match migrate::migrate(servers).await {
+        Err(migrate::Error::Unreachable(error)) => Err(anyhow::anyhow!("can't use the database (DATABASE_URL): {error}")),
         migrated => migrated.context(
             "can't bring the schema up to date; where this account may not, one that may can run `singletrack migrate`, and \
              replicas start with SINGLETRACK_MIGRATE=off",
@@ -94,15 +91,15 @@ pub async fn migrate_schema(options: &PgConnectOptions) -> anyhow::Result<usize>
 /// # Errors
 /// When the database can't be reached, when this account may not change the schema, and, with [`Migrate::Off`], when it is
 /// not up to date.
-pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow::Result<()> {
+pub async fn prepare_schema(servers: &Servers, when: Migrate) -> anyhow::Result<()> {
     if when == Migrate::Auto {
-        let count = migrate_schema(options).await?;
+        let count = migrate_schema(servers).await?;
         if count > 0 {
             tracing::info!(migrations = count, "brought the schema up to date");
         }
         return Ok(());
     }
-    let db = Db::new(options.clone(), 1, store::LIMIT);
+    let db = Db::new(servers.clone(), 1, store::LIMIT);
     let applied = db
         .with(async |connection| migrate::applied(connection).await)
         .await
@@ -117,13 +114,14 @@ pub async fn prepare_schema(options: &PgConnectOptions, when: Migrate) -> anyhow
 /// Runs a replica until `stop` is asked and everything it holds is settled or given back.
 pub async fn run(
     config: Config,
-    options: PgConnectOptions,
+    servers: impl Into<Servers>,
     listener: TcpListener,
     role: Role,
     stop: Stop,
 ) -> anyhow::Result<()> {
+    let servers = servers.into();
     let listen = listener.local_addr()?;
-    let ctx = context(&config, &options, &stop, Some(listen), None)?;
+    let ctx = context(&config, &servers, &stop, Some(listen), None)?;
     if config.worker.guarding.mode == guard::Mode::Off {
         tracing::warn!(
             "SINGLETRACK_GUARD=off: commands may outlive their run and overlap with the next; nothing is promised"
@@ -164,7 +162,7 @@ pub async fn run(
         serving.await;
     });
     tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
-    work(&config, &options, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
+    work(&config, &servers, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
 }
 
 /// Runs `handlers` in this program until `stop` is asked and everything it holds is settled or given back. It serves no API,
@@ -182,8 +180,8 @@ pub async fn run(
 /// part of the worker ends unexpectedly. Once started, a database that is away is waited for.
 pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Result<()> {
     let url = config.database_url.as_ref().context("no database is named: set Settings::database_url")?;
-    let options = url.options();
-    let (to, when, asked) = (options.clone(), config.migrate, stop.clone());
+    let servers = Servers::from(url.options());
+    let (to, when, asked) = (servers.clone(), config.migrate, stop.clone());
     // On a thread where it need not be `Send`: the compiler can't prove that of sqlx's migrator (rust-lang/rust#100013), and
     // whoever embeds this wants to spawn it.
     let preparing = tokio::task::spawn_blocking(move || {
@@ -200,16 +198,16 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
         return Ok(());
     }
     let workflows = handlers.workflows();
-    let ctx = context(&config, &options, &stop, None, Some(Arc::new(handlers)))?;
+    let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
-    work(&config, &options, ctx, Parts::default(), &stop, || ()).await
+    work(&config, &servers, ctx, Parts::default(), &stop, || ()).await
 }
 
 /// Runs the parts of a worker besides `parts`, and stops all of them in order; `last` is called when nothing is held any
 /// more.
 async fn work(
     config: &Config,
-    options: &PgConnectOptions,
+    servers: &Servers,
     ctx: engine::Ctx,
     mut parts: Parts,
     stop: &Stop,
@@ -229,7 +227,7 @@ async fn work(
         parts.spawn("presence", engine::be_present(ctx.clone(), done.clone()));
         // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
         parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));
-        parts.spawn("listener", engine::listen(ctx.clone(), options.clone(), done.clone()));
+        parts.spawn("listener", engine::listen(ctx.clone(), servers.clone(), done.clone()));
     }
 
     let failed = tokio::select! {
@@ -256,7 +254,7 @@ async fn work(
 
 fn context(
     config: &Config,
-    options: &PgConnectOptions,
+    servers: &Servers,
     stop: &Stop,
     listen: Option<SocketAddr>,
     handlers: Option<Arc<Handlers>>,
@@ -267,8 +265,8 @@ fn context(
     let listen = listen.unwrap_or(config.listen);
     let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
     Ok(engine::Ctx {
-        db: Db::new(options.clone(), config.pool_size, store::LIMIT),
-        lease_db: Db::new(options.clone(), 1, renewal_limit),
+        db: Db::new(servers.clone(), config.pool_size, store::LIMIT),
+        lease_db: Db::new(servers.clone(), 1, renewal_limit),
         name: worker_name().into(),
         handlers,
         http: Arc::new(http::Client::new(&worker.outgoing).context("can't set up the client of http executors")?),

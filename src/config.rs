@@ -1,5 +1,7 @@
 //! The settings, from the environment and from flags, which win; all wrong ones are reported at once.
 
+mod database_url;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,8 +9,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
-use sqlx::postgres::PgConnectOptions;
 
+pub use self::database_url::DatabaseUrl;
 use crate::domain::Outgoing;
 use crate::domain::executor::{MAX_LOG_BYTES, MAX_OUTPUT_BYTES};
 use crate::domain::workflow::check_queue;
@@ -21,8 +23,9 @@ pub const MARGIN: Duration = Duration::from_secs(2);
 /// named with it, and only the command line reads either: a program of your own says here what is to differ.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Settings {
-    /// Where the runs live, as a postgres:// URL of one host. Without the flag `serve`, `worker` and `migrate` read the
-    /// variable DATABASE_URL; `dev` ignores that one and has a Postgres of its own.
+    /// Where the runs live, as a postgres:// URL; of several hosts, separated by commas, the one that takes writes is used.
+    /// Without the flag `serve`, `worker` and `migrate` read the variable DATABASE_URL; `dev` ignores that one and has a
+    /// Postgres of its own.
     #[arg(long, value_name = "URL")]
     pub database_url: Option<String>,
     /// Whether to bring the schema up to date at start: auto or off. [default: auto]
@@ -189,62 +192,6 @@ pub enum LogFormat {
     Text,
     /// One object per line.
     Json,
-}
-
-/// A database URL that was understood. Its password is shown by nothing.
-#[derive(Clone)]
-pub struct DatabaseUrl {
-    options: PgConnectOptions,
-    shown: String,
-}
-
-impl DatabaseUrl {
-    /// How to connect.
-    pub fn options(&self) -> PgConnectOptions {
-        self.options.clone()
-    }
-}
-
-impl FromStr for DatabaseUrl {
-    type Err = String;
-
-    fn from_str(url: &str) -> Result<Self, String> {
-        if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
-            return Err("is not a postgres:// URL".into());
-        }
-        // The parser's own message may quote the URL, and with it the password.
-        let options = PgConnectOptions::from_str(url).map_err(|_| {
-            "is not a postgres:// URL that can be understood; special characters in a password must be %-encoded"
-                .to_owned()
-        })?;
-        let (scheme, rest) = url.split_once("://").unwrap_or(("postgres", url));
-        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        let shown = match authority.rsplit_once('@') {
-            Some((user, host)) => {
-                let name = user.split(':').next().unwrap_or_default();
-                let hidden = if user.contains(':') { ":***" } else { "" };
-                format!("{scheme}://{name}{hidden}@{host}{}", without_password(path))
-            }
-            None => format!("{scheme}://{authority}{}", without_password(path)),
-        };
-        Ok(Self { options: options.application_name("singletrack"), shown })
-    }
-}
-
-/// The path and parameters of a URL, without a `password` among them.
-fn without_password(path: &str) -> String {
-    let Some((path, parameters)) = path.split_once('?') else { return path.to_owned() };
-    let shown: Vec<_> = parameters
-        .split('&')
-        .map(|parameter| if parameter.starts_with("password=") { "password=***" } else { parameter })
-        .collect();
-    format!("{path}?{}", shown.join("&"))
-}
-
-impl fmt::Debug for DatabaseUrl {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(&self.shown)
-    }
 }
 
 /// Every wrong setting, a line each.

@@ -11,10 +11,9 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use sqlx::postgres::PgConnectOptions;
 
 use self::client::Failure;
-use crate::app::{self, Role, Stop};
+use crate::app::{self, Role, Servers, Stop};
 use crate::config::{Config, Settings};
 use crate::dev::{self, Postgres};
 use crate::telemetry;
@@ -117,7 +116,7 @@ fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
             Service::Dev(_) => develop(config).await,
             Service::Serve(_) => replica(config, Role::Serve).await,
             Service::Worker(_) => replica(config, Role::Worker).await,
-            Service::Migrate(_) => migrate(&options(&config)?).await,
+            Service::Migrate(_) => migrate(&servers(&config)?).await,
         }
     });
     // Whatever still blocks a thread must not keep the process.
@@ -125,26 +124,26 @@ fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
     done
 }
 
-fn options(config: &Config) -> anyhow::Result<PgConnectOptions> {
-    Ok(config.database_url.as_ref().context("DATABASE_URL is not set")?.options())
+fn servers(config: &Config) -> anyhow::Result<Servers> {
+    Ok(config.database_url.as_ref().context("DATABASE_URL is not set")?.options().into())
 }
 
-async fn migrate(options: &PgConnectOptions) -> anyhow::Result<()> {
-    let count = app::migrate_schema(options).await?;
+async fn migrate(servers: &Servers) -> anyhow::Result<()> {
+    let count = app::migrate_schema(servers).await?;
     println!("{}", if count == 0 { "up to date already".into() } else { format!("applied {count} migrations") });
     Ok(())
 }
 
 async fn replica(config: Config, role: Role) -> anyhow::Result<()> {
     let stop = stop_on_signals()?;
-    let options = options(&config)?;
+    let servers = servers(&config)?;
     let listener = app::bind(&config)?;
     tokio::select! {
-        prepared = app::prepare_schema(&options, config.migrate) => prepared?,
+        prepared = app::prepare_schema(&servers, config.migrate) => prepared?,
         // A database that does not answer must not keep the process from leaving.
         () = stop.asked() => return Ok(()),
     }
-    app::run(config, options, listener, role, stop).await
+    app::run(config, servers, listener, role, stop).await
 }
 
 async fn develop(config: Config) -> anyhow::Result<()> {
@@ -154,21 +153,22 @@ async fn develop(config: Config) -> anyhow::Result<()> {
         println!("DATABASE_URL is ignored here: it may be another project's. --database-url names one.");
     }
     let listener = app::bind(&config)?;
-    let (options, postgres) = match &config.database_url {
-        Some(url) => (url.options(), None),
+    let (url, postgres) = match &config.database_url {
+        Some(url) => (url.clone(), None),
         None => {
             let postgres = start_postgres(&config).await?;
-            (postgres.url("postgres").parse::<PgConnectOptions>()?.application_name("singletrack"), Some(postgres))
+            (postgres.url("postgres").parse().map_err(anyhow::Error::msg)?, Some(postgres))
         }
     };
+    let servers = Servers::from(url.options());
     let result = async {
         tokio::select! {
             biased;
             () = stop.asked() => return Ok(()),
-            prepared = app::prepare_schema(&options, config.migrate) => prepared?,
+            prepared = app::prepare_schema(&servers, config.migrate) => prepared?,
         }
         greet(&config, &listener, postgres.as_ref())?;
-        app::run(config, options, listener, Role::Serve, stop).await
+        app::run(config, servers, listener, Role::Serve, stop).await
     }
     .await;
     // Stopping waits for the server's checkpoint.

@@ -18,7 +18,6 @@ pub mod sweeper;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -27,8 +26,8 @@ use tokio_util::task::TaskTracker;
 use crate::config;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
-use crate::store::Db;
 use crate::store::workers::Subscription;
+use crate::store::{Db, Servers};
 use heartbeat::Held;
 
 /// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
@@ -145,11 +144,11 @@ pub async fn renew(ctx: Ctx, stop: CancellationToken) {
 }
 
 /// Hears of requests to cancel runs until `stop`.
-pub async fn listen(ctx: Ctx, options: PgConnectOptions, stop: CancellationToken) {
+pub async fn listen(ctx: Ctx, servers: Servers, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            heard = listener::listen(&options, &ctx.held) => {
+            heard = listener::listen(&servers, &ctx.held) => {
                 if let Err(error) = heard {
                     tracing::warn!(%error, "can't hear of requests to cancel; they take until the next heartbeat");
                 }
@@ -278,9 +277,10 @@ pub async fn sweep(ctx: Ctx, interval: Duration, stop: CancellationToken) {
     }
 }
 
-/// Keeps what refusals say good until `stop`.
+/// Keeps what refusals say good, and the pool no larger than needed, until `stop`.
 pub async fn do_chores(ctx: Ctx, interval: Duration, stop: CancellationToken) {
     loop {
+        ctx.db.close_idle();
         let rest = match chores::pass(&ctx.db).await {
             Ok(report) if report.next == Next::Again => Duration::ZERO,
             Ok(_) => jittered(interval),

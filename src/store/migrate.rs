@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use sqlx::Connection as _;
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions as _, Connection as _};
+use sqlx::postgres::PgConnection;
 use tokio::time::sleep;
+
+use super::{Servers, Unreachable};
 
 /// How often a migration is tried whose table somebody else has locked, or while another replica migrates.
 const TRIES: usize = 200;
@@ -28,7 +30,7 @@ pub fn newest() -> i64 {
 pub enum Error {
     /// There is no connection to be had.
     #[error(transparent)]
-    Unreachable(sqlx::Error),
+    Unreachable(#[from] Unreachable),
     /// A migration was refused.
     #[error(transparent)]
     Refused(#[from] MigrateError),
@@ -41,8 +43,8 @@ pub enum Error {
 ///
 /// On a connection of its own: sqlx holds a session lock while it migrates, and a cancelled migration would leave it held
 /// on a pooled connection.
-pub async fn migrate(options: &PgConnectOptions) -> Result<usize, Error> {
-    let mut connection = options.connect().await.map_err(Error::Unreachable)?;
+pub async fn migrate(servers: &Servers) -> Result<usize, Error> {
+    let mut connection = servers.connect().await?;
     // Else each start says that the table of migrations is there already, as if that were news.
     sqlx::query("set client_min_messages = warning").execute(&mut connection).await?;
     let before = applied(&mut connection).await?.unwrap_or_default();

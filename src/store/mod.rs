@@ -19,19 +19,30 @@ pub mod reap;
 pub mod refusals;
 pub mod runs;
 pub mod schedules;
+mod servers;
 pub mod settle;
 pub mod workers;
 pub mod workflows;
 
 use std::time::Duration;
 
-use sqlx::Postgres;
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
-use tokio::time::timeout;
+use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult};
+use sqlx::Connection as _;
+use sqlx::postgres::PgConnection;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use self::servers::Reached;
+pub use self::servers::{Refusal, Servers, Unreachable};
 
 /// How long a caller waits for a free connection.
 const ACQUIRE: Duration = Duration::from_secs(5);
+/// The part of it in which a server that does not let us in yet is asked again; then its reason is told.
+const ASK_AGAIN: Duration = Duration::from_millis(4500);
+/// Time an idle connection has to show that it is alive.
+const PING: Duration = Duration::from_secs(2);
+/// How long a connection is kept that nobody uses, and any connection.
+const IDLE: Duration = Duration::from_secs(600);
+const LIFETIME: Duration = Duration::from_secs(1800);
 /// The client's limit on the work of one `with`: a little over the server's own limit on a statement, so that the server's
 /// better message wins.
 pub const LIMIT: Duration = Duration::from_secs(7);
@@ -59,7 +70,10 @@ const SESSION: &str = "
 pub enum Error {
     /// There was no connection to be had: nothing was done.
     #[error("no connection to the database: {0}")]
-    Unreachable(#[source] sqlx::Error),
+    Unreachable(#[source] Unreachable),
+    /// None came free in time: nothing was done.
+    #[error("no connection to the database came free within {ACQUIRE:?}")]
+    Crowded,
     /// Somebody else holds a lock for too long, or the server has no room: nothing was done.
     #[error("the database is busy: {0}")]
     Busy(#[source] sqlx::Error),
@@ -69,6 +83,9 @@ pub enum Error {
     /// It gave no answer in time: whether the statement was carried out is not known.
     #[error("the database gave no answer in time")]
     TimedOut,
+    /// The connection was to a server that may no longer be the primary.
+    #[error("the database moved to another server")]
+    Moved,
     /// It refused the statement.
     #[error(transparent)]
     Refused(sqlx::Error),
@@ -117,27 +134,18 @@ impl Error {
 /// The way to the database.
 #[derive(Clone, Debug)]
 pub struct Db {
-    pool: PgPool,
+    pool: Pool<Connections>,
     limit: Duration,
 }
 
 impl Db {
-    /// A pool of at most `connections`; none is opened before it is needed. `limit` is for the work of one [`Db::with`]: [`LIMIT`]
-    /// is a good one.
-    pub fn new(options: PgConnectOptions, connections: u32, limit: Duration) -> Self {
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(ACQUIRE)
-            .idle_timeout(Duration::from_secs(600))
-            .max_lifetime(Duration::from_secs(1800))
-            .after_connect(|connection, _| {
-                Box::pin(async move {
-                    sqlx::query(SESSION).bind(LOCK_TIMEOUT).execute(connection).await?;
-                    Ok(())
-                })
-            })
-            .connect_lazy_with(options);
-        Self { pool, limit }
+    /// A pool of at most `connections` to the primary of `servers`; none is opened before it is needed. `limit` is for the work
+    /// of one [`Db::with`]: [`LIMIT`] is a good one.
+    pub fn new(servers: impl Into<Servers>, connections: u32, limit: Duration) -> Self {
+        let size = usize::try_from(connections).unwrap_or(usize::MAX);
+        // The last one used first, so that those which are not needed can be seen to be idle.
+        let pool = Pool::builder(Connections(servers.into())).max_size(size).queue_mode(QueueMode::Lifo).build();
+        Self { pool: pool.unwrap_or_else(|_| unreachable!("only timeouts of its own need a runtime")), limit }
     }
 
     /// Runs `work` on a connection of the pool, within the limit for statements: `db.with(async |connection|
@@ -147,19 +155,24 @@ impl Db {
     /// nobody may meet an answer, or a transaction, that somebody else left on it.
     ///
     /// # Errors
-    /// What became of `work`, by what the caller can do about it; [`Error::Unreachable`] also when no connection comes free
-    /// within 5 seconds.
+    /// What became of `work`, by what the caller can do about it; [`Error::Unreachable`] when the database lets nobody in, and
+    /// [`Error::Crowded`] when no connection comes free within 5 seconds.
     pub async fn with<T>(&self, work: impl AsyncFnOnce(&mut PgConnection) -> sqlx::Result<T>) -> Result<T, Error> {
         // Acquired first and by itself: only then is it known that nothing was sent.
-        let mut connection = Guarded(Some(self.pool.acquire().await.map_err(Error::Unreachable)?));
+        let mut connection = Guarded(Some(self.acquire().await?));
         match timeout(self.limit, work(connection.inner())).await {
             Ok(Ok(value)) => {
                 connection.give_back();
                 Ok(value)
             }
             Ok(Err(error)) => {
-                if is_reusable(&error) {
-                    connection.give_back();
+                match &error {
+                    // The server became a standby, or was fenced off: the next connection may find the primary.
+                    sqlx::Error::Database(database) if database.code().as_deref() == Some("25006") => {
+                        connection.doubt()
+                    }
+                    sqlx::Error::Database(_) => connection.give_back(),
+                    _ => {}
                 }
                 Err(Error::of_statement(error))
             }
@@ -167,36 +180,104 @@ impl Db {
         }
     }
 
+    async fn acquire(&self) -> Result<Object<Connections>, Error> {
+        match timeout(ACQUIRE, self.pool.get()).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(PoolError::Backend(error))) => Err(Error::Unreachable(error)),
+            Ok(Err(_)) | Err(_) => Err(Error::Crowded),
+        }
+    }
+
+    /// Closes connections that nobody has used for ten minutes.
+    pub fn close_idle(&self) {
+        self.pool.retain(|_, metrics| metrics.last_used() < IDLE);
+    }
+
     /// Closes the pool, waiting at most a moment for connections in use.
     pub async fn close(&self) {
-        // A black-holed connection would keep `close` waiting for ever.
-        let _ = timeout(Duration::from_secs(2), self.pool.close()).await;
+        let over = Instant::now() + Duration::from_secs(2);
+        for idle in self.pool.retain(|_, _| false).removed {
+            // A black-holed connection would keep `close` waiting for ever.
+            let _ = timeout_at(over, idle.connection.close()).await;
+        }
+        self.pool.close();
+        while self.pool.status().size > 0 && Instant::now() < over {
+            sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
-/// Whether the connection is as good as before. One to a server that became a standby is not: the next one may find the
-/// primary.
-fn is_reusable(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Database(database) if database.code().as_deref() != Some("25006"))
+/// Makes the connections of a pool, and looks at each before it is used again.
+#[derive(Debug)]
+struct Connections(Servers);
+
+impl Connections {
+    async fn open(&self) -> Result<Reached, Unreachable> {
+        let mut reached = self.0.reach().await?;
+        let set = sqlx::query(SESSION).bind(LOCK_TIMEOUT).execute(&mut reached.connection).await;
+        match set {
+            Ok(_) => Ok(reached),
+            Err(error) => Err(self.0.refused(&reached, error)),
+        }
+    }
+}
+
+impl managed::Manager for Connections {
+    type Type = Reached;
+    type Error = Unreachable;
+
+    async fn create(&self) -> Result<Reached, Unreachable> {
+        let patience = Instant::now() + ASK_AGAIN;
+        let mut pause = Duration::from_millis(10);
+        loop {
+            match self.open().await {
+                Err(error) if error.is_passing() && Instant::now() + pause < patience => sleep(pause).await,
+                opened => return opened,
+            }
+            pause = (2 * pause).min(Duration::from_secs(1));
+        }
+    }
+
+    async fn recycle(&self, reached: &mut Reached, metrics: &Metrics) -> RecycleResult<Unreachable> {
+        let given_up = || RecycleError::message("not to be used any more");
+        if reached.term != self.0.term() || metrics.age() > LIFETIME {
+            return Err(given_up());
+        }
+        match timeout(PING, reached.connection.ping()).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(given_up()),
+        }
+    }
 }
 
 /// A connection that is closed when dropped, unless it was given back.
-struct Guarded(Option<PoolConnection<Postgres>>);
+struct Guarded(Option<Object<Connections>>);
 
 impl Guarded {
     fn inner(&mut self) -> &mut PgConnection {
-        self.0.as_mut().unwrap_or_else(|| unreachable!("a guarded connection is there until it is given back"))
+        let held =
+            self.0.as_mut().unwrap_or_else(|| unreachable!("a guarded connection is there until it is given back"));
+        &mut held.connection
     }
 
     fn give_back(&mut self) {
         self.0.take();
     }
+
+    /// Has the others of its server looked at, too.
+    fn doubt(&self) {
+        if let Some(held) = &self.0
+            && let Some(pool) = Object::pool(held)
+        {
+            pool.manager().0.doubt(held.term);
+        }
+    }
 }
 
 impl Drop for Guarded {
     fn drop(&mut self) {
-        if let Some(mut connection) = self.0.take() {
-            connection.close_on_drop();
+        if let Some(held) = self.0.take() {
+            drop(Object::take(held));
         }
     }
 }

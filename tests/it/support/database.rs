@@ -88,7 +88,7 @@ impl TestDb {
         sqlx::query("drop database if exists test with (force)").execute(&admin).await.unwrap();
         create(&admin, "test", None).await;
         let this = Self::at(postgres.url("test"));
-        migrate::migrate(&this.options()).await.unwrap();
+        migrate::migrate(&this.options().into()).await.unwrap();
         this
     }
 
@@ -153,5 +153,5 @@ async fn make_template() {
     }
     create(&admin, TEMPLATE, None).await;
     admin.close().await;
-    migrate::migrate(&url(TEMPLATE).parse().unwrap()).await.unwrap();
+    migrate::migrate(&url(TEMPLATE).parse::<PgConnectOptions>().unwrap().into()).await.unwrap();
 }
