@@ -65,6 +65,7 @@ mod schema;
 mod settings;
 mod shutdown;
 mod sqlx_data;
+mod standby;
 mod storm;
 mod strays;
 mod tidy;

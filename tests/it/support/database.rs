@@ -16,15 +16,28 @@ const TEMPLATE: &str = "singletrack_template";
 
 /// Starts a Postgres of its own under `folder` of the build's temporary folder: for tests that stop and crash it.
 pub fn own_postgres(folder: &str) -> Postgres {
-    start(folder, false, Vec::new())
+    start(options(folder), false)
 }
 
-/// The same, on empty data and with environment variables of its own.
+/// The same, with nothing in it that a run before this one left.
+pub fn new_postgres(folder: &str) -> Postgres {
+    start(options(folder), true)
+}
+
+/// The same, with environment variables of its own.
 pub fn own_postgres_with(folder: &str, environment: Vec<(String, String)>) -> Postgres {
-    start(folder, true, environment)
+    start(Options { environment, ..options(folder) }, true)
 }
 
-fn start(folder: &str, empty: bool, environment: Vec<(String, String)>) -> Postgres {
+fn start(options: Options, empty: bool) -> Postgres {
+    if empty {
+        remove_unused(&options.data_dir);
+    }
+    Postgres::start(options).expect("a Postgres for the tests")
+}
+
+/// How a Postgres of this name is started, and where it keeps its data.
+pub(super) fn options(folder: &str) -> Options {
     let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
     // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root. One per version,
     // for no version starts on what another one left there.
@@ -32,14 +45,11 @@ fn start(folder: &str, empty: bool, environment: Vec<(String, String)>) -> Postg
     let data_dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(version).join(folder);
     let settings = [("max_connections", "300"), ("shared_buffers", "128MB")];
     let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-    if empty {
-        remove_unused(&data_dir);
-    }
-    Postgres::start(Options { data_dir, bin_dir, settings, environment }).expect("a Postgres for the tests")
+    Options { data_dir, bin_dir, settings, environment: Vec::new() }
 }
 
 /// Removes what a run before left, unless another run uses it: dropping its databases one by one takes a checkpoint each.
-fn remove_unused(data_dir: &Path) {
+pub(super) fn remove_unused(data_dir: &Path) {
     let Ok(lock) = File::open(data_dir.join("lock")) else { return };
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
         std::fs::remove_dir_all(data_dir).unwrap();
@@ -56,7 +66,7 @@ fn version(bin_dir: &Path) -> String {
 
 fn shared() -> MutexGuard<'static, Postgres> {
     static SHARED: OnceLock<Mutex<Postgres>> = OnceLock::new();
-    SHARED.get_or_init(|| Mutex::new(start("postgres", true, Vec::new()))).lock().unwrap()
+    SHARED.get_or_init(|| Mutex::new(new_postgres("postgres"))).lock().unwrap()
 }
 
 /// A database of one test.
@@ -92,7 +102,8 @@ impl TestDb {
         this
     }
 
-    fn at(url: String) -> Self {
+    /// A database that is there.
+    pub fn at(url: String) -> Self {
         let options: PgConnectOptions = url.parse().unwrap();
         let sql = PgPoolOptions::new().max_connections(5).connect_lazy_with(options.clone());
         Self { url, sql, db: Db::new(options, 10, LIMIT) }

@@ -8,6 +8,7 @@ pub mod proxy;
 pub mod pull;
 pub mod replica;
 pub mod scratch;
+pub mod standby;
 pub mod subject;
 pub mod target;
 pub mod wire;
