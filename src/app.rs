@@ -1,5 +1,7 @@
 //! Composition root: from a [`Config`] to a running replica, and back down in order.
 
+pub mod doctor;
+
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;

@@ -4,6 +4,7 @@
 mod client;
 mod definitions;
 mod diff;
+mod doctor;
 mod workflows;
 
 use std::process::ExitCode;
@@ -33,6 +34,10 @@ pub struct Cli {
 enum Command {
     #[command(flatten)]
     Service(Box<Service>),
+    /// Look at the database that DATABASE_URL names and prove the promise: broken invariants, a schema that was altered, leases held by
+    /// nobody, slots nobody serves, what keeps the server from its work. Writes nothing. Exit code 0: nothing is wrong; 1: something
+    /// is; 69: it could not look, or not at everything.
+    Doctor(Box<doctor::Doctor>),
     /// Definitions of workflows, in a service that runs.
     #[command(subcommand)]
     Workflows(workflows::Command),
@@ -54,6 +59,7 @@ enum Service {
 pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Service(service) => serve(&service),
+        Command::Doctor(doctor) => doctor.run(),
         Command::Workflows(command) => ask(command.run()),
     }
 }
@@ -80,30 +86,41 @@ fn serve(command: &Service) -> ExitCode {
             (settings, std::env::var("DATABASE_URL").ok())
         }
     };
-    let config = match settings.resolve(from_environment) {
+    let needs_url = !matches!(command, Service::Dev(_));
+    let config = match configure(settings, from_environment, needs_url) {
         Ok(config) => config,
-        Err(mistakes) => {
-            eprintln!("{mistakes}");
-            return ExitCode::from(USAGE);
-        }
+        Err(code) => return code,
     };
-    if settings.print_config {
-        println!("{config}");
-        return ExitCode::SUCCESS;
-    }
-    if config.database_url.is_none() && !matches!(command, Service::Dev(_)) {
-        eprintln!("DATABASE_URL is not set: name the Postgres to use, such as postgres://user:password@host/database");
-        return ExitCode::from(USAGE);
-    }
     match execute(command, config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // What was tried and why it failed; the layers between repeat the latter.
-            let (tried, why) = (error.to_string(), error.root_cause().to_string());
-            eprintln!("singletrack: {}", if tried == why { tried } else { format!("{tried}: {why}") });
+            eprintln!("singletrack: {}", in_a_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The settings in force; the exit code where there is nothing left to do.
+fn configure(settings: &Settings, database_url: Option<String>, needs_url: bool) -> Result<Config, ExitCode> {
+    let config = settings.resolve(database_url).map_err(|mistakes| {
+        eprintln!("{mistakes}");
+        ExitCode::from(USAGE)
+    })?;
+    if settings.print_config {
+        println!("{config}");
+        return Err(ExitCode::SUCCESS);
+    }
+    if needs_url && config.database_url.is_none() {
+        eprintln!("DATABASE_URL is not set: name the Postgres to use, such as postgres://user:password@host/database");
+        return Err(ExitCode::from(USAGE));
+    }
+    Ok(config)
+}
+
+/// What was tried and why it failed; the layers between repeat the latter.
+fn in_a_line(error: &anyhow::Error) -> String {
+    let (tried, why) = (error.to_string(), error.root_cause().to_string());
+    if tried == why { tried } else { format!("{tried}: {why}") }
 }
 
 fn execute(command: &Service, config: Config) -> anyhow::Result<()> {

@@ -25,6 +25,29 @@ pub fn newest() -> i64 {
     MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default()
 }
 
+/// A migration this version knows.
+#[derive(Clone, Copy, Debug)]
+pub struct Known {
+    /// Its number.
+    pub version: i64,
+    /// What it is called.
+    pub name: &'static str,
+    /// Its text as a checksum.
+    pub checksum: &'static [u8],
+    /// Its text.
+    pub sql: &'static str,
+}
+
+/// The migrations this version knows, in order.
+pub fn known() -> impl DoubleEndedIterator<Item = Known> {
+    MIGRATIONS.iter().map(|migration| Known {
+        version: migration.version,
+        name: &migration.description,
+        checksum: &migration.checksum,
+        sql: migration.sql.as_str(),
+    })
+}
+
 /// Why the schema could not be brought up to date.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -24,15 +24,16 @@ pub async fn seen(connection: &mut PgConnection, workers: &[(String, Subscriptio
         })
         .collect();
     sqlx::query!(
-        "insert into workers as w (name, executor_types, queues, workflows, seen_at)
-         select s.name, s.executor_types, s.queues, s.workflows, now()
+        "insert into workers as w (name, executor_types, queues, workflows, version, seen_at)
+         select s.name, s.executor_types, s.queues, s.workflows, $2, now()
          from unnest($1::jsonb[]) as t (told)
          cross join lateral jsonb_to_record(t.told) as s (name text, executor_types text[], queues text[], workflows text[])
          order by s.name
          on conflict (name) do update
          set executor_types = excluded.executor_types, queues = excluded.queues, workflows = excluded.workflows,
-             seen_at = excluded.seen_at",
+             version = excluded.version, seen_at = excluded.seen_at",
         &workers,
+        env!("CARGO_PKG_VERSION"),
     )
     .execute(connection)
     .await?;

@@ -23,6 +23,7 @@ mod commands;
 mod crowds;
 mod definitions;
 mod dev;
+mod doctor;
 mod embedded;
 mod enqueue;
 mod examples;

@@ -10,7 +10,7 @@ use crate::support::plant;
 
 /// Broken promises, each made by somebody who went around the guards. Three runs are there: of `busy` (running), of `next`
 /// (queued), of `done` (succeeded).
-const BROKEN: &[(&str, &str)] = &[
+pub const BROKEN: &[(&str, &str)] = &[
     (
         "two-running",
         "drop index test_runs_one_running;
@@ -88,10 +88,11 @@ async fn invariant_violations_finds_every_kind_of_broken_promise_and_nothing_els
         plant::run(&test, workflow, status).await;
     }
     test.check().await;
-    let definition: String = sqlx::query_scalar("select pg_get_viewdef('invariant_violations'::regclass)")
-        .fetch_one(&test.sql)
-        .await
-        .unwrap();
+    let definition: String =
+        sqlx::query_scalar("select pg_get_functiondef('invariant_violations_since(timestamptz)'::regprocedure)")
+            .fetch_one(&test.sql)
+            .await
+            .unwrap();
     for (kind, statements) in BROKEN {
         assert!(definition.contains(&format!("'{kind}'")), "{kind} is not a kind of violation");
         let mut transaction = test.sql.begin().await.unwrap();
