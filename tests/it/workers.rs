@@ -33,7 +33,10 @@ async fn until_reason(client: &Client, workflow: &str, expected: Value) {
 
 /// The workers that are there, without their times.
 async fn workers(sql: &PgPool) -> Vec<Value> {
-    sqlx::query_scalar("select to_jsonb(w) - 'seen_at' - 'version' from workers w order by name").fetch_all(sql).await.unwrap()
+    sqlx::query_scalar("select to_jsonb(w) - 'seen_at' - 'version' from workers w order by name")
+        .fetch_all(sql)
+        .await
+        .unwrap()
 }
 
 /// The subscriptions that are there.

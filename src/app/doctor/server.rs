@@ -29,7 +29,7 @@ const WANTED: &[(&str, &str, Scope, &str)] = &[
     ),
     (
         "synchronous_commit",
-        "",
+        "on",
         Scope::All,
         "Replicas set it to on for themselves; what callers enqueue from their own SQL transactions may be lost in a crash.",
     ),
@@ -153,7 +153,7 @@ fn unwanted(settings: &[Setting]) -> Vec<Finding> {
                 (
                     String::new(),
                     format!(
-                        "alter system reset {name}; select pg_reload_conf(); or change it where the server's configuration says it."
+                        "alter system set {name} = '{wanted}'; select pg_reload_conf(); or change it on the server's command line."
                     ),
                 )
             } else if of == "this connection" {

@@ -23,9 +23,10 @@ wrong as (
     from running o
     where o.leased_fence > o.fence and o.held_until is null and o.heard_at + o.patience > now() and o.ends_at + o.patience > now()
     union all
+    -- A reaper ends them after one patience, counted from the server's start at the earliest.
     select 'past-time-limit', o.id || ' of ' || o.workflow_id || ': should have ended at ' || o.ends_at || ', and ' || o.worker || ' renews it'
     from running o
-    where o.held_until is null and greatest(o.ends_at, pg_postmaster_start_time()) + o.patience + interval '1 minute' < now()
+    where o.held_until is null and greatest(o.ends_at, pg_postmaster_start_time()) + 2 * o.patience < now()
       and o.heard_at + o.patience > now()
     union all
     -- Live ones renew four times within their patience. What is past it is told of as lease-overdue.
