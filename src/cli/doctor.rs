@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{configure, in_a_line, options};
+use super::{configure, in_a_line, servers};
 use crate::app::doctor::{Check, Finding, Outcome, Report, Terms, examine};
 use crate::config::Settings;
 
@@ -36,9 +36,9 @@ impl Doctor {
             Err(code) => return code,
         };
         let terms = Terms { full: self.full, snapshot_age: self.snapshot_age, pool_size: config.pool_size };
-        let looked = options(&config).and_then(|options| {
+        let looked = servers(&config).and_then(|servers| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            runtime.block_on(examine(&options, &terms))
+            runtime.block_on(examine(servers, &terms))
         });
         match looked {
             Ok(report) => {

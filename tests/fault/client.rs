@@ -196,7 +196,9 @@ impl Client {
                     runs.pop_front();
                 }
             }
-            (409, _) if cause == Some("idempotency-in-flight") => return Entry::Unknown { request: request.id.clone() },
+            (409, _) if cause == Some("idempotency-in-flight") => {
+                return Entry::Unknown { request: request.id.clone() };
+            }
             (200 | 409, _) | (429, _) | (503, None) => {}
             // It says itself that it does not know.
             (503, Some(_)) => return Entry::Unknown { request: request.id.clone() },

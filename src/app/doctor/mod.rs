@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
-use sqlx::postgres::{PgConnectOptions, PgConnection};
+use sqlx::postgres::PgConnection;
 
-use crate::store::doctor as facts;
+use crate::store::{Servers, doctor as facts};
 
 /// How long one statement may take, unless all of history is asked for.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -118,19 +118,15 @@ impl From<Vec<Finding>> for Judged {
     }
 }
 
-/// Looks at the database that `options` lead to, on one connection, which can't write.
+/// Looks at the database on the primary of `servers`, on one connection, which can't write.
 ///
 /// # Errors
 /// When there is no connection to be had, or it breaks.
-pub async fn examine(options: &PgConnectOptions, terms: &Terms) -> anyhow::Result<Report> {
-    let (host, port) = (options.get_host(), options.get_port());
-    let mut connection = facts::connect(options, (!terms.full).then_some(LIMIT))
-        .await
-        .with_context(|| format!("can't look at the database at {host}:{port} (DATABASE_URL)"))?;
+pub async fn examine(servers: impl Into<Servers>, terms: &Terms) -> anyhow::Result<Report> {
+    const CANT: &str = "can't look at the database (DATABASE_URL)";
+    let mut connection = facts::connect(servers, (!terms.full).then_some(LIMIT)).await.context(CANT)?;
     let mut checks = Checks { account: String::new(), made: Vec::new() };
-    let place = look(&mut connection, &mut checks, terms)
-        .await
-        .with_context(|| format!("can't look at the database at {host}:{port} (DATABASE_URL)"))?;
+    let place = look(&mut connection, &mut checks, terms).await.context(CANT)?;
     facts::close(connection).await;
     let checks = checks.made;
     Ok(Report {

@@ -8,11 +8,11 @@ pub mod server;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use sqlx::postgres::{PgConnectOptions, PgConnection};
-use sqlx::{ConnectOptions as _, Connection as _};
+use sqlx::Connection as _;
+use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
-use super::Error;
+use super::{Error, Servers};
 
 /// How long the database has to accept a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -25,23 +25,22 @@ const SESSION: &str = "
            set_config('lock_timeout', '2s', false),
            set_config('TimeZone', 'UTC', false),
            set_config('jit', 'off', false),
+           set_config('application_name', 'singletrack doctor', false),
            set_config('tcp_user_timeout', '30s', false)";
 
-/// A connection that can't write. `limit` is for each statement; `None` for no limit.
+/// A connection to the primary that can't write. `limit` is for each statement; `None` for no limit.
 ///
 /// # Errors
-/// [`Error::Unreachable`] when there is none to be had within 10 seconds.
-pub async fn connect(options: &PgConnectOptions, limit: Option<Duration>) -> Result<PgConnection, Error> {
+/// [`Error::Unreachable`] when no server lets us in, and [`Error::TimedOut`] when none does within 10 seconds.
+pub async fn connect(servers: impl Into<Servers>, limit: Option<Duration>) -> Result<PgConnection, Error> {
     let limit = limit.map_or("0".to_owned(), |limit| format!("{}ms", limit.as_millis()));
+    let servers = servers.into();
     let connecting = async {
-        let mut connection = options.clone().application_name("singletrack doctor").connect().await?;
-        sqlx::query(SESSION).bind(limit).execute(&mut connection).await?;
+        let mut connection = servers.connect().await.map_err(Error::Unreachable)?;
+        sqlx::query(SESSION).bind(limit).execute(&mut connection).await.map_err(Error::of_statement)?;
         Ok(connection)
     };
-    match timeout(CONNECT, connecting).await {
-        Ok(connected) => connected.map_err(Error::Unreachable),
-        Err(_) => Err(Error::Unreachable(sqlx::Error::PoolTimedOut)),
-    }
+    timeout(CONNECT, connecting).await.map_err(|_| Error::TimedOut)?
 }
 
 /// Ends it in order; a server that is gone does not matter any more.

@@ -119,7 +119,7 @@ async fn an_account_that_may_only_read_sees_what_it_may_and_what_it_may_not_is_t
 #[tokio::test]
 async fn it_writes_nothing() {
     let test = TestDb::new().await;
-    let mut connection = singletrack::store::doctor::connect(&test.options(), None).await.unwrap();
+    let mut connection = singletrack::store::doctor::connect(test.options(), None).await.unwrap();
     let refused =
         sqlx::query("insert into workers (name, executor_types) values ('x', '{}')").execute(&mut connection).await;
     assert_eq!(refused.unwrap_err().into_database_error().unwrap().code().unwrap(), "25006");

@@ -21,7 +21,7 @@ pub async fn report(test: &TestDb) -> Report {
 }
 
 pub async fn look(options: &PgConnectOptions, terms: &Terms) -> Report {
-    examine(options, terms).await.unwrap()
+    examine(options.clone(), terms).await.unwrap()
 }
 
 /// The names of the checks that came to this.

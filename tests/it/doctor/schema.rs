@@ -13,7 +13,7 @@ use crate::support::database::TestDb;
 #[tokio::test]
 async fn the_manifest_is_what_the_migrations_make_under_every_version_of_postgres() {
     let test = TestDb::new().await;
-    let mut connection = connect(&test.options(), None).await.unwrap();
+    let mut connection = connect(test.options(), None).await.unwrap();
     let mut made: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
     for object in schema::objects(&mut connection).await.unwrap() {
         assert_eq!(object.state, "", "{object:?}");
@@ -262,5 +262,5 @@ async fn a_schema_of_any_name_is_compared_alike() {
     let test = TestDb::new().await;
     plant(&test, r#"alter schema public rename to "My Runs""#).await;
     let options = test.options().options([("search_path", "\"My Runs\"")]);
-    clean(&examine(&options, &TERMS).await.unwrap());
+    clean(&examine(options, &TERMS).await.unwrap());
 }
