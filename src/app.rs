@@ -25,7 +25,7 @@ use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
 pub use crate::store::Servers;
-use crate::store::{self, Db, migrate};
+use crate::store::{self, Db, migrate, pooler};
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,10 +77,24 @@ pub fn bind(config: &Config) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
+/// Whether the way to the database is one on which sessions stay what they are.
+async fn check_way(servers: &Servers) -> anyhow::Result<()> {
+    match pooler::refuse_sharing(servers).await {
+        // Its line says all.
+        Err(shared @ pooler::Error::Shared) => Err(shared.into()),
+        checked => checked.context("can't use the database (DATABASE_URL)"),
+    }
+}
+
 /// Brings the schema up to date; returns how many migrations that took.
+///
+/// # Errors
+/// When the database can't be reached, or only through a pooler that mixes up sessions, and when this account may not change
+/// the schema.
 pub async fn migrate_schema(servers: &Servers) -> anyhow::Result<usize> {
+    check_way(servers).await?;
     match migrate::migrate(servers).await {
-        Err(migrate::Error::Unreachable(error)) => Err(anyhow::anyhow!("can't use the database (DATABASE_URL): {error}")),
+        Err(migrate::Error::Unreachable(error)) => Err(error).context("can't use the database (DATABASE_URL)"),
         migrated => migrated.context(
             "can't bring the schema up to date; where this account may not, one that may can run `singletrack migrate`, and \
              replicas start with SINGLETRACK_MIGRATE=off",
@@ -91,8 +105,8 @@ pub async fn migrate_schema(servers: &Servers) -> anyhow::Result<usize> {
 /// Brings the schema up to date, or makes sure that it is. Programs that start at once take turns.
 ///
 /// # Errors
-/// When the database can't be reached, when this account may not change the schema, and, with [`Migrate::Off`], when it is
-/// not up to date.
+/// When the database can't be reached, or only through a pooler that mixes up sessions, when this account may not change the
+/// schema, and, with [`Migrate::Off`], when it is not up to date.
 pub async fn prepare_schema(servers: &Servers, when: Migrate) -> anyhow::Result<()> {
     if when == Migrate::Auto {
         let count = migrate_schema(servers).await?;
@@ -101,6 +115,7 @@ pub async fn prepare_schema(servers: &Servers, when: Migrate) -> anyhow::Result<
         }
         return Ok(());
     }
+    check_way(servers).await?;
     let db = Db::new(servers.clone(), 1, store::LIMIT);
     let applied = db
         .with(async |connection| migrate::applied(connection).await)
@@ -178,7 +193,7 @@ pub async fn run(
 ///   does not see them end: it is better to ask and wait.
 ///
 /// # Errors
-/// When the database can't be reached at start, when its schema is not up to date and may not be brought there, and when a
+/// When the database can't be reached at start, or only through a pooler that mixes up sessions, when its schema is not up to date and may not be brought there, and when a
 /// part of the worker ends unexpectedly. Once started, a database that is away is waited for.
 pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Result<()> {
     let url = config.database_url.as_ref().context("no database is named: set Settings::database_url")?;

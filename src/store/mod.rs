@@ -16,6 +16,7 @@ pub mod logs;
 pub mod migrate;
 pub mod notify;
 pub mod pauses;
+pub mod pooler;
 pub mod reap;
 pub mod refusals;
 pub mod runs;

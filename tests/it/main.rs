@@ -47,6 +47,7 @@ mod openapi;
 mod outage;
 mod pauses;
 mod policies;
+mod pooler;
 mod printing;
 mod properties;
 mod pull;

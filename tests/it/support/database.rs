@@ -7,8 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use rustix::fs::{FlockOperation, flock};
+use singletrack::config::DatabaseUrl;
 use singletrack::dev::{Options, Postgres};
-use singletrack::store::{Db, LIMIT, migrate};
+use singletrack::store::{Db, LIMIT, Servers, migrate};
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use tokio::sync::OnceCell;
 
@@ -98,7 +99,7 @@ impl TestDb {
         sqlx::query("drop database if exists test with (force)").execute(&admin).await.unwrap();
         create(&admin, "test", None).await;
         let this = Self::at(postgres.url("test"));
-        migrate::migrate(&this.options().into()).await.unwrap();
+        migrate::migrate(&this.servers()).await.unwrap();
         this
     }
 
@@ -112,6 +113,11 @@ impl TestDb {
     /// How to connect.
     pub fn options(&self) -> PgConnectOptions {
         self.url.parse().unwrap()
+    }
+
+    /// The same as a replica takes it.
+    pub fn servers(&self) -> Servers {
+        self.url.parse::<DatabaseUrl>().unwrap().options().into()
     }
 
     /// Fails when a promise is broken that the database itself can see, or a connection was left inside a transaction.
@@ -164,5 +170,5 @@ async fn make_template() {
     }
     create(&admin, TEMPLATE, None).await;
     admin.close().await;
-    migrate::migrate(&url(TEMPLATE).parse::<PgConnectOptions>().unwrap().into()).await.unwrap();
+    migrate::migrate(&TestDb::at(url(TEMPLATE)).servers()).await.unwrap();
 }

@@ -3,6 +3,7 @@
 pub mod calls;
 pub mod database;
 pub mod plant;
+pub mod pooler;
 pub mod process;
 pub mod proxy;
 pub mod pull;
