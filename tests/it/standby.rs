@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use singletrack::config::{self, DatabaseUrl};
 use singletrack::domain::Status;
@@ -175,6 +176,63 @@ async fn a_failover_to_a_synchronous_standby_loses_nothing_and_no_replica_goes_b
     callers.finish(&pair.other, &scratch, &clients[0]).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_that_hangs_is_left_and_nobody_comes_back_when_it_wakes_up() {
+    let pair = Pair::start("hanging", Replication::Synchronous).await;
+    let scratch = Scratch::new();
+    let patient = [SHORT_LEASE, &[("SINGLETRACK_HEARTBEAT_TIMEOUT", "40s")]].concat();
+    let mut replica = Process::serve(&pair.url, &patient);
+    let callers = Callers::start(&scratch, &replica.client).await;
+    callers.executed(&scratch, 20).await;
+    // It takes connections and does not answer, as a host that has lost its power, or its network.
+    let since = Instant::now();
+    let frozen = Frozen::freeze(pair.primary.pid().unwrap());
+    pair.promote().await;
+    replica.line("the database has another primary");
+    ready(&replica.client).await;
+    eprintln!("ready again {:?} after the primary hung", since.elapsed());
+    let so_far = scratch.read("ran").lines().count();
+    callers.executed(&scratch, so_far + 20).await;
+    drop(frozen);
+    let so_far = scratch.read("ran").lines().count();
+    callers.executed(&scratch, so_far + 20).await;
+    let ours = "select count(*) from pg_stat_activity where application_name = 'singletrack' and state <> 'active'";
+    eventually("no connection to it is left", FAILOVER, || async {
+        (count(&pair.test, ours).await == 0).then_some(())
+    })
+    .await;
+    callers.finish(&pair.other, &scratch, &replica.client).await;
+}
+
+/// A server of which nothing moves, until it is dropped.
+struct Frozen(Vec<Pid>);
+
+impl Frozen {
+    fn freeze(postmaster: u32) -> Self {
+        let mut this = Self(Vec::new());
+        // First the one that starts others, so that none comes after.
+        for pid in [vec![postmaster], children(postmaster)].concat() {
+            let pid = Pid::from_raw(pid.cast_signed()).unwrap();
+            kill_process(pid, Signal::STOP).unwrap();
+            this.0.push(pid);
+        }
+        this
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            let _ = kill_process(*pid, Signal::CONT);
+        }
+    }
+}
+
+fn children(parent: u32) -> Vec<u32> {
+    let tasks = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+    tasks.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
 /// The server and its timeline that connections go to.
 async fn place(db: &Db) -> String {
     let found = db.with(async |connection| sight(connection).await).await.unwrap();
@@ -335,7 +393,7 @@ async fn the_host_that_takes_writes_is_used_wherever_it_stands_and_the_rest_is_t
     set(&pair.test, "alter system reset default_transaction_read_only").await;
     eventually("it takes writes again", FAILOVER, || async { write(&db).await.ok() }).await;
     assert_eq!(place(&db).await, timeline);
-    replica.signal(rustix::process::Signal::TERM);
+    replica.signal(Signal::TERM);
     assert_eq!(replica.ended(FAILOVER).await, 0);
 
     block_in_place(|| pair.primary.stop_fast());
