@@ -58,7 +58,7 @@
 //! | [`engine`] | what happens unasked: passes, and the loops that repeat them | domain, store, executor, config |
 //! | [`api`] | the only place that knows HTTP: `api/mod.rs` has every route on one screen | domain, store |
 //! | [`dev`] | the private Postgres of `singletrack dev` and of the tests | nothing of ours |
-//! | [`app`] | composition root: wires the parts, and stops them in order | all |
+//! | [`app`] | composition root: wires the parts, and stops them in order; [`app::doctor`] judges what `store/doctor` finds | all |
 //! | [`cli`] | the commands of the binary; its client half speaks HTTP, never the store | app, config, dev, domain, telemetry, tls |
 //!
 //! `migrations/` has the schema, the triggers that refuse what must not happen by hand, and the views for people.
@@ -78,7 +78,8 @@
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
 //!
-//! `invariant_violations`, a view, has as queries those of them that rows can show. It sees no processes: that no two commands
+//! `invariant_violations`, a view, has as queries those of them that rows can show, and [`app::doctor`] looks at them, at the schema and
+//! at the server. It sees no processes: that no two commands
 //! overlap is proved from outside, by the tests.
 
 pub mod domain;

@@ -3,6 +3,7 @@
 //! The facts come from [`crate::store::doctor`]; here they are judged. A check that could not be made is never taken for a good one.
 
 mod promise;
+mod replication;
 mod schema;
 mod server;
 
@@ -16,14 +17,14 @@ use sqlx::postgres::PgConnection;
 use crate::store::{Servers, doctor as facts};
 
 /// How long one statement may take, unless all of history is asked for.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(300);
 /// How far the database's clock may be from this machine's without being worth a word.
 const CLOCKS_AGREE: TimeDelta = TimeDelta::seconds(1);
 
 /// What to look at.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// All of history, without a limit on the time that a statement takes; else live runs and the last 24 hours, a minute each.
+    /// All of history, without a limit on the time that a statement takes; else live runs and the last 24 hours, 5 minutes each.
     pub full: bool,
     /// For how long a transaction may be open.
     pub snapshot_age: Duration,
@@ -147,6 +148,7 @@ async fn look(connection: &mut PgConnection, checks: &mut Checks, terms: &Terms)
     checks.account.clone_from(&place.account);
     checks.add("database", "a primary, of a version that is tested", Ok(database(&place, asked, Utc::now())))?;
     server::look(connection, checks, terms).await?;
+    replication::look(connection, checks).await?;
     if schema::look(connection, checks, place.schema.is_some()).await? {
         server::look_at_tables(connection, checks, place.sees_others, terms).await?;
         promise::look(connection, checks, terms.full).await?;
@@ -217,7 +219,7 @@ impl Checks {
                     "not looked at: {message}; an account that may: grant select on all tables in schema ... to {account};"
                 )
             }
-            "57014" => "not looked at: it took longer than a minute; --full sets no limit".into(),
+            "57014" => "not looked at: it took longer than 5 minutes; --full sets no limit".into(),
             "55P03" => format!("not looked at: {message}; somebody has a table locked, a migration perhaps: try again"),
             // admin_shutdown and its like: the connection is gone
             code if code.starts_with("57P") => return Err(error),

@@ -3,19 +3,15 @@
 use sqlx::postgres::PgConnection;
 
 use super::{Checks, Finding, Judged, Terms};
-use crate::store::doctor::server::{self as facts, Pin, ReplicationSlot, Room, Setting, Standby};
+use crate::store::doctor::server::{self as facts, Pin, Room, Setting};
 
 /// Seconds after which locks of somebody who does nothing are worth a word, unless open transactions are sooner.
 const IDLE: i32 = 60;
-/// Transactions that a snapshot may be behind, where it is not known since when it is there.
-const FAR_BEHIND: i64 = 100_000;
-/// Bytes of WAL that a slot nobody reads may keep.
-const MUCH_WAL: i64 = 1 << 30;
 /// Transactions without a freeze after which it is time: the server stops at 2 billion.
 const OLD_AGE: i64 = 1_000_000_000;
 
 /// What an old snapshot costs.
-const PINNED: &str = "Vacuum can't remove rows that changed since: a busy workflow's enqueues and claims get slower and slower, five \
+pub(super) const PINNED: &str = "Vacuum can't remove rows that changed since: a busy workflow's enqueues and claims get slower and slower, five \
                       times as slow after some thousand runs, and the tables grow.";
 
 /// Settings that must have a value: the name, the value, where the other one matters, what it means.
@@ -62,26 +58,12 @@ enum Scope {
 
 /// Makes the checks that need no tables.
 pub(super) async fn look(connection: &mut PgConnection, checks: &mut Checks, terms: &Terms) -> sqlx::Result<()> {
-    let names: Vec<&str> = WANTED.iter().map(|(name, ..)| *name).chain(["synchronous_standby_names"]).collect();
+    let names: Vec<&str> = WANTED.iter().map(|(name, ..)| *name).collect();
     let settings = facts::settings(connection, &names).await;
-    let standby_names =
-        settings.as_ref().ok().and_then(|settings| value(settings, "synchronous_standby_names")).unwrap_or_default();
     checks.add(
         "settings",
         "nothing acknowledged is lost in a crash, and the server looks after itself",
         settings.map(|settings| unwanted(&settings).into()),
-    )?;
-    let standbys = facts::standbys(connection).await;
-    checks.add(
-        "standbys",
-        "a failover to a standby loses nothing",
-        standbys.map(|standbys| lossy(&standbys, &standby_names)),
-    )?;
-    let slots = facts::replication_slots(connection).await;
-    checks.add(
-        "replication-slots",
-        "no replication slot keeps what nobody reads",
-        slots.map(|slots| keeping(&slots).into()),
     )?;
     let prepared = facts::prepared(connection, seconds(terms)).await;
     checks.add(
@@ -129,13 +111,6 @@ fn seconds(terms: &Terms) -> i32 {
     i32::try_from(terms.snapshot_age.as_secs()).unwrap_or(i32::MAX)
 }
 
-fn value(settings: &[Setting], name: &str) -> Option<String> {
-    settings
-        .iter()
-        .find(|setting| setting.name == name && setting.scope.is_empty())
-        .map(|setting| setting.value.clone())
-}
-
 /// Settings that are not as they should be, of the server, of the database or of a role.
 fn unwanted(settings: &[Setting]) -> Vec<Finding> {
     let mut findings = Vec::new();
@@ -165,54 +140,6 @@ fn unwanted(settings: &[Setting]) -> Vec<Finding> {
         }
     }
     findings
-}
-
-/// What a failover would lose, and commits that wait for nobody.
-fn lossy(standbys: &[Standby], names: &str) -> Judged {
-    let mut judged = Judged::default();
-    let (asynchronous, others): (Vec<&Standby>, Vec<&Standby>) =
-        standbys.iter().partition(|standby| standby.sync_state.as_deref() == Some("async"));
-    let rows: Vec<String> = asynchronous.iter().map(|standby| behind(standby)).collect();
-    if names.is_empty() && !asynchronous.is_empty() {
-        let total = i64::try_from(rows.len()).unwrap_or(i64::MAX);
-        judged.findings.push(
-            Finding::new(
-                format!("{total} standbys, and none that a commit waits for"),
-                "A failover loses what the standby has not got yet, acknowledged runs and ends of runs among it; a fence may then be given twice.",
-                "Set synchronous_standby_names, or accept the loss: what is behind now is the least of it.",
-            )
-            .about(rows.into_iter().take(10).collect(), total),
-        );
-    } else {
-        judged.notes.extend(rows);
-    }
-    let waited_for = others.iter().any(|standby| matches!(standby.sync_state.as_deref(), Some("sync" | "quorum")));
-    let all_known = standbys.iter().all(|standby| standby.sync_state.is_some());
-    if !names.is_empty() && all_known && !waited_for {
-        judged.findings.push(Finding::new(
-            format!("synchronous_standby_names is {names}, and no such standby is connected"),
-            "Every commit waits for it: nothing is enqueued, claimed or finished.",
-            "Bring the standby back, or take it out of synchronous_standby_names and select pg_reload_conf();",
-        ));
-    }
-    for standby in standbys.iter().filter(|standby| standby.age.is_some_and(|age| age > FAR_BEHIND)) {
-        let age = standby.age.unwrap_or_default();
-        judged.findings.push(Finding::new(
-            format!("standby {} keeps rows of {age} transactions ago (hot_standby_feedback)", standby.name),
-            PINNED,
-            "End the long query on that standby, or set hot_standby_feedback = off there.",
-        ));
-    }
-    if !all_known {
-        judged.notes.push("this account may not see the state of the standbys: grant pg_read_all_stats to ...;".into());
-    }
-    judged
-}
-
-fn behind(standby: &Standby) -> String {
-    let lag = standby.lag_ms.map_or(String::new(), |ms| format!(", {ms} ms"));
-    let bytes = standby.behind_bytes.map_or("unknown".into(), |bytes| bytes.to_string());
-    format!("{} (asynchronous): {bytes} bytes behind{lag}", standby.name)
 }
 
 /// What runs out. A replica has two connections besides its pool.
@@ -247,30 +174,6 @@ fn scarce(room: &Room, pool_size: u32) -> Vec<Finding> {
             "Indexes of text that were built before may be out of order: the unique ones that hold the promise may miss what is there.",
             "reindex database concurrently ...; then alter database ... refresh collation version; and this doctor again.",
         ));
-    }
-    findings
-}
-
-fn keeping(slots: &[ReplicationSlot]) -> Vec<Finding> {
-    let mut findings = Vec::new();
-    for ReplicationSlot { name, active, age, kept_bytes } in slots {
-        let kept = kept_bytes.unwrap_or_default();
-        let pins = age.is_some_and(|age| age > FAR_BEHIND || !active);
-        if pins {
-            let age = age.unwrap_or_default();
-            let idle = if *active { "" } else { ", and nobody reads from it" };
-            findings.push(Finding::new(
-                format!("replication slot {name} keeps rows of {age} transactions ago{idle}"),
-                PINNED,
-                format!("Bring its standby back, or give it up: select pg_drop_replication_slot('{name}');"),
-            ));
-        } else if !active && kept > MUCH_WAL {
-            findings.push(Finding::new(
-                format!("replication slot {name} keeps {} MB of WAL, and nobody reads from it", kept >> 20),
-                "It grows until the disk is full, and then the server stops.",
-                format!("Bring its reader back, or give it up: select pg_drop_replication_slot('{name}');"),
-            ));
-        }
     }
     findings
 }
@@ -325,4 +228,31 @@ fn unvacuumed_tables(tables: Vec<String>) -> Vec<Finding> {
         )
         .about(tables, total),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn whats(findings: Vec<Finding>) -> Vec<String> {
+        findings.into_iter().map(|finding| finding.what).collect()
+    }
+
+    #[test]
+    fn what_runs_out_is_wrong_when_little_is_left() {
+        let room =
+            Room { connections: 90, connections_limit: 100, replicas: 8, wraparound_age: OLD_AGE, collation: None };
+        assert_eq!(whats(scarce(&room, 10)), [""; 0]);
+        let full =
+            Room { connections: 91, replicas: 9, wraparound_age: OLD_AGE + 1, collation: Some("x".into()), ..room };
+        assert_eq!(
+            whats(scarce(&full, 10)),
+            [
+                "91 of 100 connections are in use",
+                "9 replicas may want 108 connections (SINGLETRACK_POOL_SIZE=10 and 2 each), and there are 100",
+                "1000000001 transactions were not frozen yet",
+                "the collation of this database has changed: x",
+            ]
+        );
+    }
 }

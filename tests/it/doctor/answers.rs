@@ -124,3 +124,12 @@ async fn it_writes_nothing() {
         sqlx::query("insert into workers (name, executor_types) values ('x', '{}')").execute(&mut connection).await;
     assert_eq!(refused.unwrap_err().into_database_error().unwrap().code().unwrap(), "25006");
 }
+
+#[tokio::test]
+async fn every_check_is_described() {
+    let report = super::report(&TestDb::new().await).await;
+    let described = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/doctor.md")).unwrap();
+    for check in &report.checks {
+        assert!(described.contains(&format!("`{}`", check.name)), "{}", check.name);
+    }
+}

@@ -4,6 +4,7 @@ mod answers;
 mod promise;
 mod schema;
 mod server;
+mod standby;
 
 use std::time::Duration;
 

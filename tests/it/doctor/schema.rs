@@ -8,7 +8,9 @@ use singletrack::app::doctor::{Outcome, examine};
 use singletrack::store::doctor::{connect, schema};
 
 use super::{TERMS, check, clean, named, only, plant, report};
+use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
+use crate::support::eventually;
 
 #[tokio::test]
 async fn the_manifest_is_what_the_migrations_make_under_every_version_of_postgres() {
@@ -263,4 +265,33 @@ async fn a_schema_of_any_name_is_compared_alike() {
     plant(&test, r#"alter schema public rename to "My Runs""#).await;
     let options = test.options().options([("search_path", "\"My Runs\"")]);
     clean(&examine(options, &TERMS).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_is_being_built_anew_is_no_finding() {
+    let test = TestDb::new().await;
+    let mut writer = test.sql.begin().await.unwrap();
+    sqlx::query(
+        "insert into test_runs (id, workflow_id, definition, revision, status, executor_type, run_at)
+                 values (gen_random_uuid(), 'w', 'w', 1, 'scheduled', 'command', now() + interval '1 hour')",
+    )
+    .execute(&mut *writer)
+    .await
+    .unwrap();
+    let sql = test.sql.clone();
+    let reindex = tokio::spawn(async move {
+        sqlx::raw_sql("reindex index concurrently test_runs_one_slot").execute(&sql).await.unwrap();
+    });
+    eventually("it waits for the writer, with a half of an index", LIMIT, async || {
+        let half: bool = sqlx::query_scalar("select to_regclass('test_runs_one_slot_ccnew') is not null")
+            .fetch_one(&test.sql)
+            .await
+            .unwrap();
+        half.then_some(())
+    })
+    .await;
+    clean(&report(&test).await);
+    writer.commit().await.unwrap();
+    reindex.await.unwrap();
+    clean(&report(&test).await);
 }

@@ -39,7 +39,7 @@ objects as (
     select 'index', r.relname || '.' || i.relname, pg_get_indexdef(i.oid, 0, true),
            case
                when x.indisvalid and x.indisready and x.indislive then ''
-               when exists (select from pg_stat_progress_create_index p where p.index_relid = i.oid) then 'being built'
+               when exists (select from pg_stat_progress_create_index p where i.oid = p.index_relid or r.oid = p.relid) then 'being built'
                else 'invalid'
            end
     from relations r
