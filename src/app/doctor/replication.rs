@@ -115,7 +115,7 @@ mod tests {
     #[test]
     fn a_replication_slot_is_wrong_when_it_keeps_old_rows_or_much_that_nobody_reads() {
         for fine in [slot(true, Some(FAR_BEHIND), 0), slot(true, None, 2 * MUCH_WAL), slot(false, None, MUCH_WAL)] {
-            assert_eq!(whats(keeping(&[fine.clone()])), [""; 0], "{fine:?}");
+            assert_eq!(whats(keeping(std::slice::from_ref(&fine))), [""; 0], "{fine:?}");
         }
         let cases = [
             (slot(true, Some(100_001), 0), "replication slot s keeps rows of 100001 transactions ago"),

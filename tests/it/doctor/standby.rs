@@ -36,8 +36,8 @@ fn standby_of(primary: &mut Postgres) -> Postgres {
 
 /// The folder of the data themselves.
 fn cluster(base: &Path) -> PathBuf {
-    let entries = std::fs::read_dir(base).unwrap().map(|entry| entry.unwrap().path());
-    entries.filter(|path| path.join("PG_VERSION").exists()).next().unwrap()
+    let mut entries = std::fs::read_dir(base).unwrap().map(|entry| entry.unwrap().path());
+    entries.find(|path| path.join("PG_VERSION").exists()).unwrap()
 }
 
 /// The first report that has this many findings about standbys.
