@@ -31,7 +31,7 @@ fn standby_of(primary: &mut Postgres) -> Postgres {
     ];
     let settings = settings.map(|(name, value)| (name.to_owned(), value)).to_vec();
     let bin_dir = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
-    Postgres::start(Options { data_dir: base, bin_dir, settings }).unwrap()
+    Postgres::start(Options { data_dir: base, bin_dir, settings, ..Options::default() }).unwrap()
 }
 
 /// The folder of the data themselves.
