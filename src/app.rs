@@ -89,24 +89,29 @@ async fn check_way(servers: &Servers) -> anyhow::Result<()> {
 /// Brings the schema up to date; returns how many migrations that took.
 ///
 /// # Errors
-/// When the database can't be reached, or only through a pooler that mixes up sessions, and when this account may not change
-/// the schema.
+/// When the database can't be reached, or only through a pooler that mixes up sessions, when this account may not change
+/// the schema, and when the schema is newer than this version, or another.
 pub async fn migrate_schema(servers: &Servers) -> anyhow::Result<usize> {
+    let otherwise = "can't bring the schema up to date; where this account may not, one that may can run `singletrack migrate`, and \
+                     replicas start with SINGLETRACK_MIGRATE=off";
     check_way(servers).await?;
-    match migrate::migrate(servers).await {
-        Err(migrate::Error::Unreachable(error)) => Err(error).context("can't use the database (DATABASE_URL)"),
-        migrated => migrated.context(
-            "can't bring the schema up to date; where this account may not, one that may can run `singletrack migrate`, and \
-             replicas start with SINGLETRACK_MIGRATE=off",
-        ),
+    migrate::migrate(servers).await.map_err(|error| explain(error, otherwise))
+}
+
+fn explain(error: migrate::Error, otherwise: &'static str) -> anyhow::Error {
+    match error {
+        migrate::Error::Unreachable(error) => anyhow::Error::from(error).context("can't use the database (DATABASE_URL)"),
+        // They say themselves what to do.
+        migrate::Error::Newer(_) | migrate::Error::Altered(_) => error.into(),
+        error => anyhow::Error::from(error).context(otherwise),
     }
 }
 
-/// Brings the schema up to date, or makes sure that it is. Programs that start at once take turns.
+/// Brings the schema up to date, or makes sure that it is. Programs that start at once take turns. A newer version may migrate it
+/// afterwards: what runs goes on.
 ///
 /// # Errors
-/// When the database can't be reached, or only through a pooler that mixes up sessions, when this account may not change the
-/// schema, and, with [`Migrate::Off`], when it is not up to date.
+/// As [`migrate_schema`] and, with [`Migrate::Off`], when it is not up to date.
 pub async fn prepare_schema(servers: &Servers, when: Migrate) -> anyhow::Result<()> {
     if when == Migrate::Auto {
         let count = migrate_schema(servers).await?;
@@ -116,13 +121,8 @@ pub async fn prepare_schema(servers: &Servers, when: Migrate) -> anyhow::Result<
         return Ok(());
     }
     check_way(servers).await?;
-    let db = Db::new(servers.clone(), 1, store::LIMIT);
-    let applied = db
-        .with(async |connection| migrate::applied(connection).await)
-        .await
-        .context("can't read the schema's version")?;
-    db.close().await;
-    if applied.unwrap_or_default() < migrate::newest() {
+    let missing = migrate::missing(servers).await;
+    if missing.map_err(|error| explain(error, "can't read the schema's version"))? > 0 {
         anyhow::bail!("the schema is not up to date and SINGLETRACK_MIGRATE is off: run `singletrack migrate`");
     }
     Ok(())
