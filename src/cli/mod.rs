@@ -146,8 +146,11 @@ fn servers(config: &Config) -> anyhow::Result<Servers> {
 }
 
 async fn migrate(servers: &Servers) -> anyhow::Result<()> {
-    let count = app::migrate_schema(servers).await?;
-    println!("{}", if count == 0 { "up to date already".into() } else { format!("applied {count} migrations") });
+    match app::migrate_schema(servers).await? {
+        0 => println!("up to date already"),
+        1 => println!("applied 1 migration"),
+        count => println!("applied {count} migrations"),
+    }
     Ok(())
 }
 

@@ -43,6 +43,7 @@ mod keys;
 mod later;
 mod leases;
 mod legacy;
+mod migrating;
 mod openapi;
 mod outage;
 mod pauses;

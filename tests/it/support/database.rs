@@ -83,12 +83,21 @@ pub struct TestDb {
 impl TestDb {
     /// A migrated, empty database on the shared Postgres.
     pub async fn new() -> Self {
+        Self::made_of(Some(TEMPLATE)).await
+    }
+
+    /// A database on the shared Postgres that nobody has migrated.
+    pub async fn bare() -> Self {
+        Self::made_of(None).await
+    }
+
+    async fn made_of(template: Option<&str>) -> Self {
         static NEXT: AtomicUsize = AtomicUsize::new(1);
         static READY: OnceCell<()> = OnceCell::const_new();
         READY.get_or_init(make_template).await;
         let name = format!("test_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let admin = PgPool::connect(&url("postgres")).await.unwrap();
-        create(&admin, &name, Some(TEMPLATE)).await;
+        create(&admin, &name, template).await;
         admin.close().await;
         Self::at(url(&name))
     }

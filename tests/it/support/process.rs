@@ -52,7 +52,14 @@ impl Process {
     }
 
     /// Any command that serves, as soon as it says that it is ready.
-    pub fn start(mut command: Command) -> Self {
+    pub fn start(command: Command) -> Self {
+        let mut this = Self::spawn(command);
+        this.ready();
+        this
+    }
+
+    /// Any command that serves, before it has said anything.
+    pub fn spawn(mut command: Command) -> Self {
         command.env("SINGLETRACK_LOG_FORMAT", "json").stderr(Stdio::piped()).stdin(Stdio::null());
         let mut child = command.spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
@@ -63,10 +70,13 @@ impl Process {
                 let _ = send.send(line);
             }
         });
-        let mut this = Self { child, client: Client::new(String::new()), lines };
-        let ready = this.line("ready");
-        this.client.base = format!("http://{}", ready["address"].as_str().unwrap());
-        this
+        Self { child, client: Client::new(String::new()), lines }
+    }
+
+    /// Waits until it says that it is ready.
+    pub fn ready(&mut self) {
+        let ready = self.line("ready");
+        self.client.base = format!("http://{}", ready["address"].as_str().unwrap());
     }
 
     /// The next line of its log whose message is `message`.
