@@ -13,11 +13,14 @@ use anyhow::Context as _;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use sqlx::postgres::PgConnection;
+use tokio::time::timeout;
 
 use crate::store::{Servers, doctor as facts};
 
 /// How long one statement may take, unless all of history is asked for.
 const LIMIT: Duration = Duration::from_secs(300);
+/// How long it may take in all, with the same exception: a server that vanished does not even refuse.
+const PATIENCE: Duration = Duration::from_secs(1800);
 /// How far the database's clock may be from this machine's without being worth a word.
 const CLOCKS_AGREE: TimeDelta = TimeDelta::seconds(1);
 
@@ -127,7 +130,12 @@ pub async fn examine(servers: impl Into<Servers>, terms: &Terms) -> anyhow::Resu
     const CANT: &str = "can't look at the database (DATABASE_URL)";
     let mut connection = facts::connect(servers, (!terms.full).then_some(LIMIT)).await.context(CANT)?;
     let mut checks = Checks { account: String::new(), made: Vec::new() };
-    let place = look(&mut connection, &mut checks, terms).await.context(CANT)?;
+    let patience = if terms.full { Duration::MAX } else { PATIENCE };
+    let place = timeout(patience, look(&mut connection, &mut checks, terms))
+        .await
+        .map_err(anyhow::Error::from)
+        .and_then(|looked| Ok(looked?))
+        .context(CANT)?;
     facts::close(connection).await;
     let checks = checks.made;
     Ok(Report {
@@ -225,5 +233,49 @@ impl Checks {
             code if code.starts_with("57P") => return Err(error),
             _ => format!("not looked at: {message}"),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_off_and_a_server_that_is_not_tested_are_told_of() {
+        let now: DateTime<Utc> = "2026-11-23T01:02:03Z".parse().unwrap();
+        let place = facts::Place {
+            database: "d".into(),
+            account: "a".into(),
+            version: "17.5".into(),
+            version_number: 170_005,
+            now,
+            in_recovery: false,
+            sees_others: true,
+            schema: None,
+        };
+        let seconds = TimeDelta::seconds;
+        // A slow answer is no clock that is off.
+        assert_eq!(database(&place, now - seconds(5), now).notes, [""; 0]);
+        assert_eq!(database(&place, now, now + seconds(5)).notes, [""; 0]);
+        let off = "the database's clock is 2 s from this machine's; every time in a run is the database's";
+        assert_eq!(database(&place, now + seconds(2), now + seconds(3)).notes, [off]);
+        assert_eq!(database(&place, now - seconds(3), now - seconds(2)).notes, [off]);
+        let old = facts::Place { version: "13.2".into(), version_number: 130_002, in_recovery: true, ..place };
+        let judged = database(&old, now, now);
+        assert_eq!(judged.notes, ["Postgres 13.2 is none of those that are tested, 14 to 18"]);
+        assert_eq!(judged.findings[0].what, "this is a standby");
+    }
+
+    #[test]
+    fn what_the_database_refused_was_not_looked_at_and_what_broke_ends_it_all() {
+        let mut checks = Checks { account: "a".into(), made: Vec::new() };
+        let broken = sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        assert!(checks.add("x", "x holds", Err(broken)).is_err());
+        checks.push("x", "x holds", Err("not looked at: why".into()));
+        checks.push("y", "y holds", Ok(Judged::default()));
+        let outcomes: Vec<Outcome> = checks.made.iter().map(|check| check.outcome).collect();
+        assert_eq!(outcomes, [Outcome::Unseen, Outcome::Ok]);
+        assert_eq!(checks.made[0].notes, ["not looked at: why"]);
+        assert!(Outcome::Findings > Outcome::Unseen && Outcome::Unseen > Outcome::Ok, "the worst is what it comes to");
     }
 }
