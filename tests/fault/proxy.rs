@@ -51,7 +51,7 @@ pub struct Weather {
     /// server has all that came before. Nothing commits.
     pub cut_before_commit_per_mille: u16,
     /// How likely the answer to a committed write is lost: the connection is reset when the server has said that it committed.
-    /// Only a write that found rows to write counts (`UPDATE 0` is answered).
+    /// Only a statement that wrote or returned rows counts: a claim that found nothing is answered.
     pub cut_before_answer_per_mille: u16,
 }
 
@@ -68,7 +68,8 @@ pub struct Counts {
     pub held: u64,
     /// Connections reset at a random message, or by [`Proxy::reset_all`].
     pub resets: u64,
-    /// Writes that the server has committed, and whose answer was passed on.
+    /// Writes that the server has committed, and whose answer was passed on. A statement that could have written, and returned a
+    /// refusal instead, is one of them.
     pub commits: u64,
     /// Writes cut off before their commit.
     pub cuts_before_commit: u64,

@@ -7,8 +7,7 @@ use sqlx::postgres::PgConnection;
 use tokio::task::JoinSet;
 
 use super::proxy::{Counts, Weather};
-use super::{Behind, LIMIT, insert};
-use crate::support::eventually;
+use super::{Behind, insert, settled};
 
 /// Writes rows 1, 2 and 3 in the three ways there are, on a connection each; whether somebody said that it was done.
 async fn three_ways(behind: &Behind) -> [bool; 3] {
@@ -23,27 +22,12 @@ async fn three_ways(behind: &Behind) -> [bool; 3] {
     [prepared.is_ok(), simple.is_ok(), explicit.is_ok()]
 }
 
-/// Nothing but the last connection of a test is in the database: what the server was sent, it has done or given up.
-async fn settled(behind: &Behind) {
-    eventually("the server has noticed that its clients are gone", LIMIT, || async {
-        let others: i64 = sqlx::query_scalar(
-            "select count(*) from pg_stat_activity
-             where datname = current_database() and backend_type = 'client backend' and pid <> pg_backend_pid()",
-        )
-        .fetch_one(&behind.test.sql)
-        .await
-        .unwrap();
-        (others == 0).then_some(())
-    })
-    .await;
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_write_cut_off_before_its_commit_is_not_there() {
     let behind = Behind::new(1).await;
     behind.proxy.set(Weather { cut_before_commit_per_mille: 1000, ..Weather::default() });
     assert_eq!(three_ways(&behind).await, [false; 3]);
-    settled(&behind).await;
+    settled(&behind.test).await;
     assert!(behind.rows().await.is_empty());
     let connections = behind.proxy.counts().connections;
     assert_eq!(behind.proxy.counts(), Counts { connections, cuts_before_commit: 3, ..Counts::default() });
@@ -117,7 +101,7 @@ async fn the_account_of_many_cuts_is_exact() {
         });
     }
     let answered = clients.join_all().await.concat();
-    settled(&behind).await;
+    settled(&behind.test).await;
     let (there, counts) = (behind.rows().await, behind.proxy.counts());
     assert!(answered.iter().all(|n| there.binary_search(n).is_ok()), "answered, and not there");
     assert_eq!(counts.commits, answered.len() as u64);

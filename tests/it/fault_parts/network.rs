@@ -7,7 +7,7 @@ use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
 use super::proxy::Weather;
-use super::{Behind, LIMIT, insert};
+use super::{Behind, LIMIT, insert, settled};
 use crate::support::eventually;
 
 fn was_reset(error: &sqlx::Error) -> bool {
@@ -94,17 +94,7 @@ async fn a_proxy_that_is_dropped_takes_its_connections_along() {
     let options = behind.options();
     let test = behind.test;
     drop(behind.proxy);
-    eventually("the server has nobody left", LIMIT, || async {
-        let left: i64 = sqlx::query_scalar(
-            "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()
-             and backend_type = 'client backend'",
-        )
-        .fetch_one(&test.sql)
-        .await
-        .unwrap();
-        (left == 0).then_some(())
-    })
-    .await;
+    settled(&test).await;
     assert!(connection.ping().await.is_err());
     assert!(PgConnection::connect_with(&options).await.is_err());
 }
