@@ -100,7 +100,9 @@ pub async fn migrate_schema(servers: &Servers) -> anyhow::Result<usize> {
 
 fn explain(error: migrate::Error, otherwise: &'static str) -> anyhow::Error {
     match error {
-        migrate::Error::Unreachable(error) => anyhow::Error::from(error).context("can't use the database (DATABASE_URL)"),
+        migrate::Error::Unreachable(error) => {
+            anyhow::Error::from(error).context("can't use the database (DATABASE_URL)")
+        }
         // They say themselves what to do.
         migrate::Error::Newer(_) | migrate::Error::Altered(_) => error.into(),
         error => anyhow::Error::from(error).context(otherwise),

@@ -92,7 +92,8 @@ async fn refused(command: Command) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_one_of_several_replicas_is_killed_in_the_middle_of_a_migration_another_applies_it_and_nothing_stays_locked() {
+async fn when_one_of_several_replicas_is_killed_in_the_middle_of_a_migration_another_applies_it_and_nothing_stays_locked()
+ {
     let test = TestDb::bare().await;
     sqlx::raw_sql(HOLD).execute(&test.sql).await.unwrap();
     let mut first = Process::spawn(command("serve", &test, &[]));
@@ -110,7 +111,8 @@ async fn when_one_of_several_replicas_is_killed_in_the_middle_of_a_migration_ano
         (pid != dead).then_some(pid)
     })
     .await;
-    let nothing: bool = sqlx::query_scalar("select to_regclass('test_runs') is null").fetch_one(&test.sql).await.unwrap();
+    let nothing: bool =
+        sqlx::query_scalar("select to_regclass('test_runs') is null").fetch_one(&test.sql).await.unwrap();
     assert!(nothing, "half a migration can be seen");
     sqlx::query("delete from hold.on").execute(&test.sql).await.unwrap();
     for replica in &mut others {
@@ -254,7 +256,8 @@ async fn a_migration_that_was_applied_in_another_form_stops_a_replica_in_one_lin
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_that_may_not_change_the_schema_starts_where_nothing_is_missing_and_is_told_who_can_where_something_is() {
+async fn an_account_that_may_not_change_the_schema_starts_where_nothing_is_missing_and_is_told_who_can_where_something_is()
+ {
     let test = TestDb::new().await;
     sqlx::raw_sql(
         "do $$ begin create role may_use login; exception when duplicate_object then null; end $$;
@@ -275,6 +278,9 @@ async fn an_account_that_may_not_change_the_schema_starts_where_nothing_is_missi
     let newest = migrate::newest();
     sqlx::query("delete from _sqlx_migrations where version = $1").bind(newest).execute(&test.sql).await.unwrap();
     let said = refused(command("serve", &test, &environment)).await;
-    assert!(said.contains("one that may can run `singletrack migrate`") && said.contains("permission denied"), "{said}");
+    assert!(
+        said.contains("one that may can run `singletrack migrate`") && said.contains("permission denied"),
+        "{said}"
+    );
     test.check().await;
 }
