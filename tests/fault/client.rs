@@ -98,7 +98,7 @@ impl Client {
         let work = Work {
             ms: match (command, rng.random_range(0..100)) {
                 (true, 0..3) | (false, 0) => 6_000,
-                (_, 0..6) => rng.random_range(500..2_500),
+                (_, 0..12) => rng.random_range(500..2_500),
                 (true, _) => rng.random_range(20..200),
                 (false, _) => rng.random_range(0..30),
             },

@@ -104,8 +104,9 @@ pub async fn happen(fault: Fault, mut rng: StdRng, cluster: &Cluster, disk: &Dis
     let number = rng.random_range(0..REPLICAS);
     let replica = replica(number);
     let worker = format!("worker-{}", rng.random_range(0..3));
-    // Some shorter than the lease, some longer.
-    let long = Duration::from_millis(rng.random_range(500..8_000));
+    // Shorter than the lease, or longer.
+    let long = if rng.random_bool(0.5) { 500..4_000 } else { 6_000..8_500 };
+    let long = Duration::from_millis(rng.random_range(long));
     let short = Duration::from_millis(rng.random_range(200..2_500));
     let is_about = match fault {
         KillReplica | StopReplica | FreezeReplica | KillGuards | FreezeGuards => replica.clone(),
