@@ -70,10 +70,11 @@ async fn in_session_mode_everything_works() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_shares_connections_is_refused_at_start_in_one_line() {
     let test = TestDb::new().await;
-    // As they come, one server connection for all, many in turn, cleaned after each transaction, and statement by statement.
+    // As they come, one server connection for all, two in turn, more in turn, cleaned after each transaction, and statement by statement.
     let settings = [
         "pool_mode = transaction",
         "pool_mode = transaction\ndefault_pool_size = 1",
+        "pool_mode = transaction\nserver_round_robin = 1\ndefault_pool_size = 2",
         "pool_mode = transaction\nserver_round_robin = 1\nmin_pool_size = 5",
         "pool_mode = transaction\nserver_reset_query_always = 1",
         "pool_mode = statement",
@@ -81,6 +82,14 @@ async fn one_that_shares_connections_is_refused_at_start_in_one_line() {
     for settings in settings {
         let Some(pooler) = Pooler::to(&test, settings).await else { return };
         let servers = pooler.test.servers();
+        if settings.contains("round_robin") {
+            // Else there is one server connection only, and nothing to be handed out in turn.
+            let (mut one, mut other) = (servers.connect().await.unwrap(), servers.connect().await.unwrap());
+            for statement in ["begin", "rollback"] {
+                sqlx::raw_sql(statement).execute(&mut one).await.unwrap();
+                sqlx::raw_sql(statement).execute(&mut other).await.unwrap();
+            }
+        }
         for _ in 0..10 {
             let refused = refuse_sharing(&servers).await;
             assert!(matches!(refused, Err(Error::Shared)), "{settings}: {refused:?}");
