@@ -24,6 +24,7 @@ fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone,
 	@.ci/tools cargo cc faketime setpriv
 	@cargo build --release --locked --features unfenced && cp target/release/singletrack target/release/singletrack-unfenced
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
+		FAULT_EARLIER=$$(.ci/earlier build) && export FAULT_EARLIER && \
 		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) \
 		cargo test --release --locked --test fault
 

@@ -1,5 +1,6 @@
 //! Composition root: from a [`Config`] to a running replica, and back down in order.
 
+pub mod demo;
 pub mod doctor;
 
 use std::net::{SocketAddr, TcpListener};

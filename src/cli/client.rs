@@ -51,6 +51,7 @@ impl Failure {
 }
 
 /// One service.
+#[derive(Clone)]
 pub(super) struct Client {
     http: reqwest::Client,
     base: String,
@@ -90,7 +91,8 @@ fn base(text: &str) -> Result<Url, String> {
 }
 
 impl Client {
-    fn new(url: &Url, key: &str) -> Result<Self, Failure> {
+    /// A client of the service at `url`; no key where `key` is empty.
+    pub(super) fn new(url: &Url, key: &str) -> Result<Self, Failure> {
         let mut headers = HeaderMap::new();
         if !key.is_empty() {
             let mut value = HeaderValue::try_from(format!("Bearer {key}"))
@@ -125,6 +127,13 @@ impl Client {
         let request = self.request(Method::PUT, path).header(CONTENT_TYPE, "application/json").body(body.to_string());
         let answer = self.ask(request).await?;
         self.good(answer)
+    }
+
+    /// Posts `body` to `path`; the status of the answer, and the answer, whatever it is.
+    pub(super) async fn post(&self, path: &str, body: &Value) -> Result<(u16, Value), Failure> {
+        let request = self.request(Method::POST, path).header(CONTENT_TYPE, "application/json").body(body.to_string());
+        let answer = self.ask(request).await?;
+        Ok((answer.status, answer.body))
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {

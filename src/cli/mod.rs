@@ -3,6 +3,7 @@
 
 mod client;
 mod definitions;
+mod demo;
 mod diff;
 mod doctor;
 mod workflows;
@@ -38,6 +39,9 @@ enum Command {
     /// nobody, slots nobody serves, what keeps the server from its work. Writes nothing. Exit code 0: nothing is wrong; 1: something
     /// is; 69: it could not look, or not at everything.
     Doctor(Box<doctor::Doctor>),
+    /// Watch the promise being kept, in half a minute: a private Postgres, three replicas, a storm of requests, one winner, a killed
+    /// worker, the next run. Nothing of it is left afterwards. Exit code 1: something was not as promised.
+    Demo(demo::Demo),
     /// Definitions of workflows, in a service that runs.
     #[command(subcommand)]
     Workflows(workflows::Command),
@@ -60,6 +64,7 @@ pub fn run(cli: Cli) -> ExitCode {
     match cli.command {
         Command::Service(service) => serve(&service),
         Command::Doctor(doctor) => doctor.run(),
+        Command::Demo(demo) => ask(demo.run()),
         Command::Workflows(command) => ask(command.run()),
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::process::{geteuid, getpid, getppid};
+use rustix::process::{Signal, geteuid, getpid, getppid};
 
 /// Who runs Postgres: ourselves or, as Postgres refuses root, an unprivileged account.
 #[derive(Debug, Clone, Copy)]
@@ -76,16 +76,17 @@ impl Account {
         }
         // A terminal's Ctrl-C goes to the whole foreground group; Postgres must stop after us, not with us.
         command.process_group(0);
-        die_with_us(&mut command);
+        die_with_us(&mut command, Signal::INT);
         command
     }
 }
 
-fn die_with_us(command: &mut Command) {
+/// Has the kernel send a signal to a child when the thread ends that spawned it, which at the latest we do.
+pub(crate) fn die_with_us(command: &mut Command, signal: Signal) {
     let parent = getpid();
     let ask = move || {
         #[cfg(target_os = "linux")]
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::INT))?;
+        rustix::process::set_parent_process_death_signal(Some(signal))?;
         // We may have died before the request was in place.
         if getppid() == Some(parent) { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
     };

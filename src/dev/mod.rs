@@ -16,4 +16,5 @@ mod place;
 mod postgres;
 mod process;
 
+pub(crate) use account::die_with_us;
 pub use postgres::{Options, Postgres};

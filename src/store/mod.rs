@@ -8,6 +8,7 @@
 pub mod batch;
 pub mod claim;
 pub mod control;
+pub mod demo;
 pub mod doctor;
 pub mod due;
 pub mod enqueue;

@@ -5,12 +5,15 @@
 //! afterwards [`account`] compares that with what the database says ([`history`]), run by run. [`controls`] takes a mechanism away,
 //! and the same account must notice.
 //!
+//! [`beside`] has the version before work beside this one, on a database that this one migrates beneath it.
+//!
 //! As a part of `make test` it is a smoke of two minutes. `make fault` is the whole of it; `SEED=7` is one seed, whose faults and
 //! requests are the same again, `SEEDS=20` how many, `MINUTES=5` how long each.
 
 #![allow(unreachable_pub, clippy::unwrap_used, missing_docs)]
 
 mod account;
+mod beside;
 mod client;
 mod cluster;
 mod command;
@@ -42,8 +45,9 @@ fn main() -> ExitCode {
             serde_json::from_str::<roles::Role>(role).expect("a role").play()
         }
         // As `cargo test NAME` calls each test program: others are meant.
-        [name, ..] if !name.starts_with('-') && !"fault smoke".contains(name.as_str()) => ExitCode::SUCCESS,
+        [name, ..] if !name.starts_with('-') && !"fault smoke beside".contains(name.as_str()) => ExitCode::SUCCESS,
         [argument, ..] if argument == "--list" => ExitCode::SUCCESS,
-        _ => suite::main(),
+        [name, ..] if name == "beside" => suite::main(suite::versions_alone),
+        _ => suite::main(suite::all),
     }
 }

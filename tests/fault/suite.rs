@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use singletrack::dev::{Options, Postgres};
 
+use super::beside::beside;
 use super::cluster::{Plan, faketime};
 use super::controls::{Control, no_fence, no_guard, no_index};
 use super::disk::Disk;
@@ -26,12 +27,13 @@ struct Scope {
     control_time: Duration,
 }
 
-pub fn main() -> ExitCode {
+/// Plays a part of the suite, which says whether all was well.
+pub fn main(part: impl AsyncFnOnce() -> Result<bool>) -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
-    match runtime.block_on(all()) {
+    match runtime.block_on(part()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -69,7 +71,8 @@ fn scope() -> Result<Scope> {
     Ok(Scope { seeds, how_long, rate, controls, control_time })
 }
 
-async fn all() -> Result<bool> {
+/// All that the environment asks for.
+pub async fn all() -> Result<bool> {
     let scope = scope()?;
     let begun = Instant::now();
     if faketime().is_none() {
@@ -99,9 +102,32 @@ async fn all() -> Result<bool> {
             }
         }
     }
+    good &= versions(&ground).await;
     println!("fault suite: {} in {} s", if good { "passed" } else { "FAILED" }, begun.elapsed().as_secs());
     tokio::task::spawn_blocking(move || drop(ground)).await?;
     Ok(good)
+}
+
+/// Only that: `FAULT_EARLIER=$(.ci/earlier build) cargo test --test fault beside`.
+pub async fn versions_alone() -> Result<bool> {
+    let ground = ground().await?;
+    let good = versions(&ground).await;
+    tokio::task::spawn_blocking(move || drop(ground)).await?;
+    Ok(good)
+}
+
+/// The version before beside this one, where it has been built.
+async fn versions(ground: &Ground) -> bool {
+    let Some(old) = std::env::var_os("FAULT_EARLIER").filter(|path| !path.is_empty()) else { return true };
+    let new = Path::new(env!("CARGO_BIN_EXE_singletrack"));
+    match beside(Path::new(&old), new, &ground.postgres, &ground.folder).await {
+        Ok(seen) => println!("beside: {seen}"),
+        Err(error) => {
+            println!("beside FAILED {error:#}");
+            return false;
+        }
+    }
+    true
 }
 
 /// A durable Postgres on a disk that can be made to fail.

@@ -76,7 +76,7 @@ impl Dev {
 }
 
 /// The processes whose command line names the folder, this one's children included.
-fn processes_of(folder: &Path) -> Vec<i32> {
+pub fn processes_of(folder: &Path) -> Vec<i32> {
     let all = fs::read_dir("/proc").unwrap().flatten();
     let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let named = |pid: &i32| {

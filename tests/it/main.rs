@@ -22,6 +22,7 @@ mod claims;
 mod commands;
 mod crowds;
 mod definitions;
+mod demo;
 mod dev;
 mod doctor;
 mod embedded;

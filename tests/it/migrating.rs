@@ -92,8 +92,7 @@ async fn refused(command: Command) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_one_of_several_replicas_is_killed_in_the_middle_of_a_migration_another_applies_it_and_nothing_stays_locked()
- {
+async fn a_replica_that_is_killed_in_the_middle_of_a_migration_leaves_no_lock_and_another_applies_it() {
     let test = TestDb::bare().await;
     sqlx::raw_sql(HOLD).execute(&test.sql).await.unwrap();
     let mut first = Process::spawn(command("serve", &test, &[]));
@@ -256,14 +255,13 @@ async fn a_migration_that_was_applied_in_another_form_stops_a_replica_in_one_lin
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_that_may_not_change_the_schema_starts_where_nothing_is_missing_and_is_told_who_can_where_something_is()
- {
+async fn an_account_that_may_not_change_the_schema_starts_where_nothing_is_missing_and_else_is_told_who_can() {
     let test = TestDb::new().await;
     sqlx::raw_sql(
         "do $$ begin create role may_use login; exception when duplicate_object then null; end $$;
          revoke create on schema public from public;
          grant select, insert, update, delete on all tables in schema public to may_use;
-         grant usage on all sequences in schema public to may_use",
+         grant usage, select on all sequences in schema public to may_use",
     )
     .execute(&test.sql)
     .await
