@@ -11,6 +11,7 @@
 #[allow(dead_code, reason = "the property tests use what the checker has no action for")]
 mod model;
 
+mod handover;
 mod life;
 mod verdict;
 
@@ -32,5 +33,29 @@ fn life_bites() {
         (NewId, life::ONCE),
     ] {
         verdict::bite(&format!("{wrong:?}"), life::Life::new(Some(wrong)), property);
+    }
+}
+
+#[test]
+fn handover() {
+    verdict::hold("handing on a slot", handover::Handover::new(None), 1000);
+}
+
+#[test]
+fn handover_bites() {
+    use handover::Wrong::*;
+    for (wrong, property) in [
+        (TwoStatements, handover::STRANDED),
+        (TriggerAlone, handover::STRANDED),
+        (OneCte, handover::STRANDED),
+        (ForKeyShare, handover::STRANDED),
+        (PromoteAfterCommit, handover::ERRORS),
+        (AdvisoryLock, handover::STUCK),
+        (ResumeUnlocked, handover::STRANDED),
+        (PauseWaitedFor, handover::STUCK),
+        (ResumeTrusts, handover::STRANDED),
+        (OneLook, handover::NAMED),
+    ] {
+        verdict::bite(&format!("{wrong:?}"), handover::Handover::new(Some(wrong)), property);
     }
 }

@@ -23,8 +23,8 @@ where
     let (unique, all, depth) = (checker.unique_state_count(), checker.state_count(), checker.max_depth());
     say(format_args!("{name}: {unique} states, {all} steps, {depth} deep, {:.1?}", began.elapsed()));
     if let Some((property, path)) = checker.discoveries().into_iter().next() {
-        let last = path.last_state().clone();
-        panic!("{name}: not always: {property}\n{:#?}\n{last:#?}", path.into_actions());
+        let steps = path.into_vec().into_iter().map(|(state, action)| format!("{state:?}\n  {action:?}\n"));
+        panic!("{name}: not always: {property}\n{}", steps.collect::<String>());
     }
     assert!(unique >= floor, "{name}: only {unique} states: what can't happen any more?");
 }
