@@ -81,6 +81,12 @@
 //! `invariant_violations`, a view, has as queries those of them that rows can show, and [`app::doctor`] looks at them, at the schema and
 //! at the server. It sees no processes: that no two commands
 //! overlap is proved from outside, by the tests.
+//!
+//! # How it is proved
+//!
+//! `tests/model` says what is promised as a pure function over [`domain::status`]. `tests/it/properties` compares it with the service,
+//! `tests/checker` looks at every state it can reach with crashes, pauses and lost answers, and `tests/fault` runs real processes
+//! through real faults and accounts for every run. `docs/reliability.md` is about all of it.
 
 pub mod domain;
 
