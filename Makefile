@@ -20,12 +20,12 @@ test: ## every test, against a Postgres of its own (PG=18: of that version; TEST
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		exec cargo test --locked $(TESTARGS)
 
-fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18)
-	@.ci/tools cargo cc faketime setpriv
+fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18, POOLER=1)
+	@.ci/tools cargo cc faketime setpriv pgbouncer
 	@cargo build --release --locked --features unfenced && cp target/release/singletrack target/release/singletrack-unfenced
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		FAULT_EARLIER=$$(.ci/earlier build) && export FAULT_EARLIER && \
-		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) \
+		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) POOLER=$(POOLER) \
 		cargo test --release --locked --test fault
 
 prepare: ## write sqlx-data.json anew, after a change of a query or a migration

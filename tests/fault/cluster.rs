@@ -16,6 +16,7 @@ use tokio::time::sleep;
 use super::http::Replicas;
 use super::journal::Journal;
 use super::members::{Members, marked};
+use super::pgbouncer::Pgbouncer;
 use super::proxy::{Proxy, Target};
 use super::roles::Role;
 use super::workflows::Workflows;
@@ -26,6 +27,8 @@ pub const MARK: &str = "FAULT_SUITE";
 pub const REPLICAS: usize = 3;
 const PULL_WORKERS: usize = 3;
 const CLIENTS: usize = 2;
+/// How the pooler is set, where there is one: a server that was away is tried again at once.
+const POOLING: &str = "pool_mode = session\ndefault_pool_size = 90\nserver_login_retry = 1";
 
 /// What is started.
 pub struct Plan {
@@ -38,6 +41,8 @@ pub struct Plan {
     pub environment: Vec<(String, String)>,
     /// What is taken away from the schema.
     pub spoil: Option<&'static str>,
+    /// Whether a pgbouncer is between the proxies and the server.
+    pub pooled: bool,
     /// Within this time everything must be final when nobody asks for anything more.
     pub quiet: Duration,
 }
@@ -53,6 +58,7 @@ pub struct Cluster {
     pub journal: Journal,
     pub clock: PathBuf,
     database: String,
+    _pooler: Option<Pgbouncer>,
 }
 
 impl Cluster {
@@ -73,7 +79,13 @@ impl Cluster {
         admin.close().await;
         let sql =
             PgPoolOptions::new().max_connections(4).acquire_timeout(Duration::from_secs(30)).connect(&url).await?;
-        let socket = url.parse::<PgConnectOptions>()?.get_socket().context("a socket")?.join(".s.PGSQL.5432");
+        let options: PgConnectOptions = url.parse()?;
+        let server = options.get_socket().context("a socket")?;
+        let pooler = match plan.pooled {
+            true => Some(Pgbouncer::start(server, POOLING).context("pgbouncer is not installed")?),
+            false => None,
+        };
+        let socket = pooler.as_ref().map_or(server.join(".s.PGSQL.5432"), Pgbouncer::socket);
         let proxies: Vec<Proxy> = (0..=REPLICAS as u64)
             .map(|number| Proxy::start(Target::Unix(socket.clone()), plan.seed * 10 + number))
             .collect::<std::io::Result<_>>()?;
@@ -86,6 +98,7 @@ impl Cluster {
             sql,
             proxies,
             database,
+            _pooler: pooler,
         };
         std::fs::write(&cluster.clock, "+0\n")?;
         let ports: Vec<u16> = (0..REPLICAS).map(|_| free_port()).collect::<std::io::Result<_>>()?;

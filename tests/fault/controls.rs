@@ -73,6 +73,7 @@ impl Control {
             program: self.program.clone(),
             environment: self.environment.clone(),
             spoil: self.spoil,
+            pooled: false,
             quiet: Duration::from_secs(20),
         };
         let outcome = seed::run(ground, &plan, self.faults, how_long).await?;

@@ -8,7 +8,8 @@
 //! [`beside`] has the version before work beside this one, on a database that this one migrates beneath it.
 //!
 //! As a part of `make test` it is a smoke of two minutes. `make fault` is the whole of it; `SEED=7` is one seed, whose faults and
-//! requests are the same again, `SEEDS=20` how many, `MINUTES=5` how long each.
+//! requests are the same again, `SEEDS=20` how many, `MINUTES=5` how long each, `POOLER=1`
+//! puts a pgbouncer in session mode between the proxies and the server.
 
 #![allow(unreachable_pub, clippy::unwrap_used, missing_docs)]
 
@@ -26,6 +27,9 @@ mod history;
 mod http;
 mod journal;
 mod members;
+#[allow(dead_code, reason = "some of it is for the tests of poolers")]
+#[path = "../it/support/pgbouncer.rs"]
+mod pgbouncer;
 #[allow(dead_code, reason = "some of it is for its own tests")]
 mod proxy;
 mod roles;

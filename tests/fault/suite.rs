@@ -86,8 +86,9 @@ pub async fn all() -> Result<bool> {
     let mut total = Total::default();
     for seed in &scope.seeds {
         let (program, environment) = (PathBuf::from(env!("CARGO_BIN_EXE_singletrack")), Vec::new());
+        let pooled = std::env::var_os("POOLER").is_some_and(|value| !value.is_empty());
         let quiet = Duration::from_secs(90);
-        let plan = Plan { seed: *seed, rate: scope.rate, program, environment, spoil: None, quiet };
+        let plan = Plan { seed: *seed, rate: scope.rate, program, environment, spoil: None, pooled, quiet };
         let outcome = seed::run(&ground, &plan, &faults::ALL, scope.how_long).await?;
         good &= report(*seed, &outcome, &ground.folder);
         total.add(&outcome);

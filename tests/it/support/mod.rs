@@ -2,6 +2,7 @@
 
 pub mod calls;
 pub mod database;
+pub mod pgbouncer;
 pub mod plant;
 pub mod pooler;
 pub mod process;
