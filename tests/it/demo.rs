@@ -1,9 +1,9 @@
 //! `singletrack demo`, as somebody at a terminal would watch it.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Lines, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -20,6 +20,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 /// A demo that was started, and where it puts what it needs.
 struct Demo {
     child: Child,
+    /// What it has yet to say.
+    out: Option<Lines<BufReader<ChildStdout>>>,
     errors: ChildStderr,
     said: Vec<String>,
     folder: TempDir,
@@ -32,16 +34,16 @@ impl Demo {
         let folder = tempfile::tempdir().unwrap();
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let mut child = demo().env("TMPDIR", folder.path()).spawn().unwrap();
-        let out = BufReader::new(child.stdout.take().unwrap());
+        let mut out = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut said = Vec::new();
-        for line in out.lines() {
+        for line in &mut out {
             said.push(line.unwrap());
             if !enough.is_empty() && said.last().unwrap().contains(enough) {
                 break;
             }
         }
         let errors = child.stderr.take().unwrap();
-        Self { child, errors, said, folder }
+        Self { child, out: Some(out), errors, said, folder }
     }
 
     /// What it says under this label, the first time.
@@ -129,6 +131,17 @@ async fn ctrl_c_stops_all_of_it_at_any_time_and_removes_it() {
         assert_eq!(demo.alive(), [0_i32; 0], "at {moment}");
         assert_eq!(demo.files(), [""; 0], "at {moment}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_nobody_reads_on_it_stops_and_removes_all_of_it() {
+    let mut demo = Demo::play("replica 3");
+    demo.out = None;
+    let (code, said) = demo.ended().await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.starts_with("singletrack: nobody watches any more") && said.lines().count() == 1, "{said}");
+    assert_eq!(demo.alive(), [0_i32; 0]);
+    assert_eq!(demo.files(), [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

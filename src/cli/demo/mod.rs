@@ -2,6 +2,7 @@
 
 mod stage;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -58,20 +59,19 @@ impl Demo {
         let left = stage.close().await;
         played?;
         ensure!(left.is_empty(), "could not be removed: {}", left.join(", "));
-        println!("\nAll as promised, in {}. Nothing of it is left.", seconds(since));
-        Ok(())
+        headline(&format!("All as promised, in {}. Nothing of it is left.", seconds(since)))
     }
 }
 
 async fn story(stage: &mut Stage, since: Instant) -> anyhow::Result<()> {
-    headline("Three replicas, each a process of its own, share a Postgres that is as private as it is durable");
-    tell("Postgres", &format!("in {}, made and started in {}", stage.folder().display(), seconds(since)));
+    headline("Three replicas, each a process of its own, share a Postgres that is as private as it is durable")?;
+    tell("Postgres", &format!("in {}, made and started in {}", stage.folder().display(), seconds(since)))?;
     let since = Instant::now();
     stage.add_replicas(REPLICAS).await?;
     for replica in &stage.replicas {
-        tell(&format!("replica {}", replica.number), &format!("{}, process {}", replica.url, replica.pid()));
+        tell(&format!("replica {}", replica.number), &format!("{}, process {}", replica.url, replica.pid()))?;
     }
-    tell("ready", &format!("after {}; one of them made the tables while the others waited", seconds(since)));
+    tell("ready", &format!("after {}; one of them made the tables while the others waited", seconds(since)))?;
     let witness = Witness::new(stage.database_url()?.parse::<DatabaseUrl>().map_err(anyhow::Error::msg)?.options());
     let mut ear = stage.ear()?;
 
@@ -81,17 +81,17 @@ async fn story(stage: &mut Stage, since: Instant) -> anyhow::Result<()> {
     let dead_since = lose(stage, killed, first, &mut ear).await?;
     next(stage, killed, dead_since, &mut ear).await?;
 
-    headline("What the database says of it");
+    headline("What the database says of it")?;
     let broken = witness.violations().await?;
     witness.leave().await;
     ensure!(broken.is_empty(), "invariant_violations has: {}", broken.join("; "));
-    tell("broken", "no promise: the view invariant_violations is empty");
+    tell("broken", "no promise: the view invariant_violations is empty")?;
     Ok(())
 }
 
 /// Many requests at once; the run of the one that was accepted.
 async fn storm(stage: &Stage, ear: &Ear) -> anyhow::Result<Uuid> {
-    headline(&format!("{REQUESTS} requests at the same time to start {WORKFLOW}, over all replicas"));
+    headline(&format!("{REQUESTS} requests at the same time to start {WORKFLOW}, over all replicas"))?;
     let executor = json!({"type": "command", "argv": ["sh", "-c", SCRIPT], "env": {"PIPE": ear.path}});
     replica(stage, 0)?.client()?.put(&format!("/workflows/{WORKFLOW}"), &json!({"executor": executor})).await?;
     let mut requests = JoinSet::new();
@@ -111,9 +111,9 @@ async fn storm(stage: &Stage, ear: &Ear) -> anyhow::Result<Uuid> {
         "only {refused} were refused with the id of the run that has the slot: {answers:?}"
     );
     let id = id(first)?;
-    tell("202 Accepted", &format!("1, run {id}"));
-    tell("409 Conflict", &format!("{refused}, each with the id of that run"));
-    tell("took", &took);
+    tell("202 Accepted", &format!("1, run {id}"))?;
+    tell("409 Conflict", &format!("{refused}, each with the id of that run"))?;
+    tell("took", &took)?;
     Ok(id)
 }
 
@@ -126,54 +126,53 @@ async fn worker_of(stage: &Stage, run_id: Uuid, ear: &mut Ear) -> anyhow::Result
     let pid = run["worker"].as_str().and_then(|name| name.split(':').nth(1)).context("it has no worker")?.to_owned();
     let place = stage.replicas.iter().position(|replica| replica.pid().to_string() == pid);
     let place = place.with_context(|| format!("it is executed by process {pid}, which is none of ours"))?;
-    tell("executed", &format!("by replica {}", place + 1));
+    tell("executed", &format!("by replica {}", place + 1))?;
     Ok(place)
 }
 
 /// Somebody types SQL.
 async fn second_row(witness: &Witness, first: Uuid) -> anyhow::Result<()> {
-    headline("A second running row, typed in SQL");
+    headline("A second running row, typed in SQL")?;
     match witness.double(first).await? {
         Some(index) => tell("refused", &format!("by Postgres itself: unique index {index}")),
         None => bail!("the database let in a second running row"),
     }
-    Ok(())
 }
 
 /// Kills the replica that executes the run, and waits until the slot is free; when its command was dead.
 async fn lose(stage: &mut Stage, place: usize, run_id: Uuid, ear: &mut Ear) -> anyhow::Result<Instant> {
-    headline(&format!("kill -9 of replica {}, in the middle of the run", place + 1));
+    headline(&format!("kill -9 of replica {}, in the middle of the run", place + 1))?;
     let since = Instant::now();
     stage.replicas.get_mut(place).context("no such replica")?.kill()?;
     ear.falls_silent().await?;
     let dead_since = Instant::now();
-    tell("its command", &format!("dead after {}: the guard saw its worker end", seconds(since)));
+    tell("its command", &format!("dead after {}: the guard saw its worker end", seconds(since)))?;
     let other = replica(stage, (place + 1) % REPLICAS)?;
     let (status, problem) = other.client()?.post(&runs(), &json!({})).await?;
     ensure!((status, &problem["run_id"]) == (409, &json!(run_id)), "the slot is not kept: {status} {problem}");
-    tell("the slot", "is kept for as long as the worker may be alive and unheard of: 409");
+    tell("the slot", "is kept for as long as the worker may be alive and unheard of: 409")?;
     let settled = settled(other, run_id).await?;
     let end = (settled["status"].as_str(), settled["reason"].as_str());
     ensure!(end == (Some("stale"), Some("worker_lost")), "it ended as {end:?}");
-    tell("the run", &format!("stale after {}; the lease is 5 s here, by default 60 s", seconds(since)));
+    tell("the run", &format!("stale after {}, 5 s (by default 60 s) after its last heartbeat", seconds(since)))?;
     Ok(dead_since)
 }
 
 /// The workflow is free again.
 async fn next(stage: &Stage, killed: usize, dead_since: Instant, ear: &mut Ear) -> anyhow::Result<()> {
-    headline("The next request");
+    headline("The next request")?;
     let other = replica(stage, (killed + 2) % REPLICAS)?;
     let since = Instant::now();
     let (status, answer) = other.client()?.post(&runs(), &json!({})).await?;
     ensure!(status == 202, "it was answered by {status} {answer}");
     let run_id = id(&answer["id"])?;
-    tell("202 Accepted", &format!("run {run_id}"));
+    tell("202 Accepted", &format!("run {run_id}"))?;
     let heard = ear.hears().await?;
     ensure!(heard == run_id.to_string(), "a command has begun for {heard}");
-    tell("begun", &format!("after {}, {} after the first command was dead", seconds(since), seconds(dead_since)));
+    tell("begun", &format!("after {}, {} after the first command was dead", seconds(since), seconds(dead_since)))?;
     let run = settled(other, run_id).await?;
     ensure!(run["status"] == "succeeded", "it ended as {}: {}", run["status"], run["error"]);
-    tell("over", &format!("succeeded after {}", seconds(since)));
+    tell("over", &format!("succeeded after {}", seconds(since)))?;
     Ok(())
 }
 
@@ -206,12 +205,17 @@ async fn settled(replica: &Replica, run_id: Uuid) -> anyhow::Result<Value> {
     }
 }
 
-fn headline(text: &str) {
-    println!("\n{text}");
+fn headline(text: &str) -> anyhow::Result<()> {
+    say(&format!("\n{text}"))
 }
 
-fn tell(what: &str, text: &str) {
-    println!("  {what:<14}{text}");
+fn tell(what: &str, text: &str) -> anyhow::Result<()> {
+    say(&format!("  {what:<14}{text}"))
+}
+
+/// Not by a macro, which panics where nobody reads it any more, as after `| head`.
+fn say(line: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout(), "{line}").context("nobody watches any more")
 }
 
 fn seconds(since: Instant) -> String {
