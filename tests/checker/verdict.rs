@@ -7,7 +7,7 @@ use std::io::Write;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use stateright::{Checker, HasDiscoveries, Model};
+use stateright::{Checker, Expectation, HasDiscoveries, Model, Path};
 
 const THREADS: usize = 2;
 
@@ -22,9 +22,17 @@ where
     let checker = model.checker().threads(THREADS).spawn_bfs().join();
     let (unique, all, depth) = (checker.unique_state_count(), checker.state_count(), checker.max_depth());
     say(format_args!("{name}: {unique} states, {all} steps, {depth} deep, {:.1?}", began.elapsed()));
-    if let Some((property, path)) = checker.discoveries().into_iter().next() {
-        let steps = path.into_vec().into_iter().map(|(state, action)| format!("{state:?}\n  {action:?}\n"));
-        panic!("{name}: not always: {property}\n{}", steps.collect::<String>());
+    for property in checker.model().properties() {
+        let found = checker.discovery(property.name);
+        match property.expectation {
+            Expectation::Sometimes => assert!(found.is_some(), "{name}: never: {}", property.name),
+            _ => assert!(
+                found.is_none(),
+                "{name}: not always: {}\n{}",
+                property.name,
+                found.map_or_else(String::new, told)
+            ),
+        }
     }
     assert!(unique >= floor, "{name}: only {unique} states: what can't happen any more?");
 }
@@ -44,6 +52,15 @@ where
     let steps = path.into_actions();
     say(format_args!("{name}: not always \"{property}\": {} steps", steps.len()));
     assert!(!steps.is_empty(), "{name}: it begins broken");
+}
+
+/// How it came about: the states, each with what is done in it.
+fn told<S: Debug, A: Debug>(path: Path<S, A>) -> String
+where
+    A: PartialEq,
+    S: PartialEq,
+{
+    path.into_vec().into_iter().map(|(state, action)| format!("{state:?}\n  {action:?}\n")).collect()
 }
 
 /// Past the capture of the test harness: how much was looked at is to be seen of a test that passes, too.

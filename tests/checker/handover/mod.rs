@@ -213,6 +213,17 @@ impl Model for Handover {
             Property::always(REST, |handover: &Self, world: &World| {
                 handover.rests.comes_to_rest(world, |world| handover.calm(world), World::is_at_rest)
             }),
+            // The statements meet each other.
+            Property::sometimes("somebody is refused", |_, world: &World| {
+                world.sessions.iter().any(|session| matches!(session.at, At::Done(Told::Taken(_))))
+            }),
+            Property::sometimes("a holder ends while somebody waits for its lock", |_, world: &World| {
+                let over = |run: RunNo| world.rows.committed[run].is_some_and(|row| row.status.is_final());
+                world.sessions.iter().any(|session| matches!(session.at, At::Blocked(run) if over(run)))
+            }),
+            Property::sometimes("a run is superseded", |_, world: &World| {
+                world.rows.committed.iter().flatten().any(|row| row.status == Status::Skipped)
+            }),
         ]
     }
 }

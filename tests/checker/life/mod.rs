@@ -241,15 +241,16 @@ impl World {
             && self.jobs.iter().all(|job| job.process != Process::Alive)
     }
 
-    /// Two processes of one workflow, of which nobody could end one: where a whole host stood still, its own go on until the
-    /// first look at the clock.
+    /// Whether two processes of one workflow are alive on hosts that are such.
+    fn overlap(&self, on: impl Fn(&Host) -> bool) -> bool {
+        let alive = |job: &&Job| job.process == Process::Alive && on(self.host(job));
+        let alive: Vec<Name> = self.jobs.iter().filter(alive).map(|job| self.workflow(job)).collect();
+        alive.iter().enumerate().any(|(at, workflow)| alive[..at].contains(workflow))
+    }
+
+    /// Where a whole host stands still nobody could end its processes; they may go on until the first look at the clock.
     fn overlaps(&self) -> bool {
-        let acts = |job: &&Job| {
-            job.process == Process::Alive
-                && !matches!(self.host(job).condition, Condition::HostFrozen | Condition::Thawed)
-        };
-        let acting: Vec<Name> = self.jobs.iter().filter(acts).map(|job| self.workflow(job)).collect();
-        acting.iter().enumerate().any(|(at, workflow)| acting[..at].contains(workflow))
+        self.overlap(|host| !matches!(host.condition, Condition::HostFrozen | Condition::Thawed))
     }
 
     fn one_each(&self) -> bool {
@@ -286,6 +287,30 @@ impl Model for Life {
             Property::always(ONCE, |_, world: &World| world.one_each()),
             Property::always(REST, |life: &Self, world: &World| {
                 life.rests.comes_to_rest(world, |world| life.calm(world), World::is_at_rest)
+            }),
+            // The actions are not idle.
+            Property::sometimes("a second attempt is made", |_, world: &World| {
+                world
+                    .jobs
+                    .iter()
+                    .any(|job| job.process == Process::Alive && world.rows.runs[job.lease.run].attempt == 2)
+            }),
+            Property::sometimes("a worker comes to know of an end too late", |_, world: &World| {
+                world.jobs.iter().any(|job| matches!(job.process, Process::Ended(_)) && !world.holds(job.lease))
+            }),
+            Property::sometimes("a host that stood still goes on beside the next run", |_, world: &World| {
+                world.overlap(|_| true)
+            }),
+            Property::sometimes(
+                "a statement that was given up is done after its repetition was refused",
+                |_, world: &World| {
+                    let refused =
+                        |stage: &Stage| matches!(stage, Stage::Told(Answer::SlotTaken(_) | Answer::Existing(_)));
+                    world.clients.iter().any(|client| refused(&client.stage) && !client.runs.is_empty())
+                },
+            ),
+            Property::sometimes("one worker holds runs of both workflows", |_, world: &World| {
+                world.jobs.len() == 2 && world.jobs[0].host == world.jobs[1].host
             }),
         ]
     }

@@ -214,11 +214,10 @@ impl World {
             }
         }
         for (client, was) in self.clients.iter_mut().zip(&before.clients) {
-            if matches!(was.stage, Stage::Told(_) | Stage::Gone) {
+            let told = matches!(was.stage, Stage::Told(_) | Stage::Gone);
+            if told && !was.ghost {
                 client.stage = Stage::Gone;
-                if !client.ghost {
-                    client.runs.clear();
-                }
+                client.runs.clear();
             }
         }
         let overdue = self.hosts.iter().any(|host| host.silence == Silence::Overdue);
