@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use rustix::process::Signal;
 use singletrack::dev::Postgres;
+use sqlx::PgPool;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{AssertSqlSafe, PgPool};
 use tokio::time::sleep;
 
 use super::http::Replicas;
@@ -25,6 +25,7 @@ use super::workflows::Workflows;
 pub const MARK: &str = "FAULT_SUITE";
 /// How many replicas there are; the program with the handlers is one more that has a proxy.
 pub const REPLICAS: usize = 3;
+const DATABASE: &str = "fault";
 const PULL_WORKERS: usize = 3;
 const CLIENTS: usize = 2;
 /// How the pooler is set, where there is one: a server that was away is tried again at once.
@@ -57,7 +58,6 @@ pub struct Cluster {
     pub members: Members,
     pub journal: Journal,
     pub clock: PathBuf,
-    database: String,
     _pooler: Option<Pgbouncer>,
 }
 
@@ -67,14 +67,13 @@ impl Cluster {
         let folder = folder.join(format!("seed-{}", plan.seed));
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder)?;
-        let database = format!("fault_{}", plan.seed);
         let (admin, url) = {
             let postgres = postgres.lock().expect("nobody panics here");
-            (postgres.url("postgres"), postgres.url(&database))
+            (postgres.url("postgres"), postgres.url(DATABASE))
         };
         let admin = PgPool::connect(&admin).await?;
-        for statement in ["drop database if exists {} with (force)", "create database {}"] {
-            sqlx::raw_sql(AssertSqlSafe(statement.replace("{}", &database))).execute(&admin).await?;
+        for statement in ["drop database if exists fault with (force)", "create database fault"] {
+            sqlx::raw_sql(statement).execute(&admin).await?;
         }
         admin.close().await;
         let sql =
@@ -97,7 +96,6 @@ impl Cluster {
             postgres,
             sql,
             proxies,
-            database,
             _pooler: pooler,
         };
         std::fs::write(&cluster.clock, "+0\n")?;
@@ -121,7 +119,7 @@ impl Cluster {
 
     fn url(&self, proxy: usize) -> String {
         let port = self.proxies[proxy].port();
-        format!("postgres://singletrack@127.0.0.1:{port}/{}?sslmode=disable", self.database)
+        format!("postgres://singletrack@127.0.0.1:{port}/{DATABASE}?sslmode=disable")
     }
 
     /// What stands in [`MARK`].
