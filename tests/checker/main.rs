@@ -22,12 +22,16 @@
 //! - Two of its wrong variants are how migration 0006 has it, and there the sweep and the deadlock detector of Postgres are the
 //!   remedy: see `PauseWaitedFor` and `ResumeTrusts`.
 //!
-//! What holds always (design.md, invariants 1 to 5): the constants of each model. Everything coming to its end is proved from every
-//! state: some order of steps without any trouble leads to an end in which all runs are final, nobody is without an answer,
-//! and nobody waits. For `handover`, in which no state comes back, no order leads to any other end.
+//! What holds always (invariants 1 to 5 of the design) has a constant each, in its model. That everything comes to its end is
+//! proved from every state: some order of steps without any more trouble leads to an end in which all runs are final, nobody is
+//! without an answer, and nobody waits. In [`handover`] each step goes forward, and no order has any other end.
 //!
-//! Each test prints how many states it has seen, or how many steps a wrong variant needs to be caught. When this was written:
-//! FIGURES
+//! What the model of a life does not exclude, and shows: a client whose answer was lost sends the same insert again and is refused,
+//! and then the first one is done after all, because it was still on its way. There is one run at most, but nobody was told of it.
+//!
+//! Each test prints how many states it has seen, or how many steps it takes to catch a wrong variant. When this was written:
+//! 329,411 states of [`life`], up to 34 steps deep, and 134,878 of [`handover`], up to 50 deep; the wrong variants take 5 to 15
+//! and 8 to 20 steps. All of it is 39 s of one core, unoptimised.
 
 #![allow(
     clippy::unwrap_used,
@@ -67,6 +71,7 @@ fn what_is_left_out_of_a_runs_life_is_missed() {
         (IndexWithoutQueued, life::ROWS),
         (NoSelfKill, life::ALONE),
         (NoGuard, life::ALONE),
+        (NoReaper, life::REST),
         (NoGrace, life::STEPS),
         (NewId, life::ONCE),
     ] {

@@ -55,15 +55,16 @@ where
 }
 
 /// How it came about: the states, each with what is done in it.
-fn told<S: Debug, A: Debug>(path: Path<S, A>) -> String
+fn told<S, A>(path: Path<S, A>) -> String
 where
-    A: PartialEq,
-    S: PartialEq,
+    S: Debug + PartialEq,
+    A: Debug + PartialEq,
 {
     path.into_vec().into_iter().map(|(state, action)| format!("{state:?}\n  {action:?}\n")).collect()
 }
 
 /// Past the capture of the test harness: how much was looked at is to be seen of a test that passes, too.
+#[expect(clippy::explicit_write, reason = "what eprintln! writes is kept back")]
 fn say(line: std::fmt::Arguments<'_>) {
     writeln!(std::io::stderr(), "{line}").unwrap();
 }

@@ -116,7 +116,7 @@ impl Life {
             if heard && open && run.cancel_requested && world.holds(job.lease) {
                 actions.push(Action::HearOfCancel(number));
             }
-            let overdue = host.silence == Silence::Overdue && !world.outage;
+            let overdue = host.silence == Silence::Overdue && !world.outage && !self.is(Wrong::NoReaper);
             if overdue && world.holds(job.lease) && !world.sealed.contains(&job.lease) {
                 actions.push(Action::Seal(number));
             }

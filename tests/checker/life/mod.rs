@@ -22,6 +22,8 @@ pub enum Wrong {
     NoSelfKill,
     /// Nobody ends a process whose worker is dead or silent.
     NoGuard,
+    /// Nobody looks for runs whose worker is gone.
+    NoReaper,
     /// Silence is counted also while nobody could be heard.
     NoGrace,
     /// A request whose answer was lost is sent again as another one.
