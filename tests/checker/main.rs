@@ -13,14 +13,18 @@
 //! - Time is an order, not a number: a worker's patience is over before the reaper may act, and whoever has to end a process
 //!   in between gets to it, unless its whole host stands still. A heartbeat is one for all leases of a worker.
 //! - States that differ only in what nobody can meet any more (why a run ended, which of two like hosts is which) are one.
-//! - Not here: logs, idempotency keys, priorities, queues, time limits, `start_within`, callbacks, DELETE and new revisions.
+//! - Left out to keep it small: trouble meets the two that share a slot, or a host that has one of them; a process fails by itself
+//!   only before the trouble has come (killed ones are retried after it), and that of the other workflow never does.
+//! - Not here: events, fences as numbers (a claim has its place among its run's), logs, idempotency keys, priorities, queues, time limits, `start_within`, callbacks, DELETE and new revisions.
 //!
 //! [`handover`]: one slot, statement by statement: versions and locks of rows, the unique index, READ COMMITTED, the trigger that
 //! hands the slot on, a pause. No sweep: the net is for what this model says can't happen.
 //! - Bounds: 1 workflow, 4 runs; a worker with three clients, or with two and somebody who pauses and resumes. A worker's end
 //!   stands for the reaper's and for a forced release, which take the same way out of `running`.
-//! - Two of its wrong variants are how migration 0006 has it, and there the sweep and the deadlock detector of Postgres are the
-//!   remedy: see `PauseWaitedFor` and `ResumeTrusts`.
+//! - Two of its wrong variants, `PauseWaitedFor` and `ResumeTrusts`, are how migration 0006 has it, where Postgres' deadlock
+//!   detector and the sweep are the remedy. What keeps the promise here does otherwise: who promotes takes a pause that somebody
+//!   is about to end for ended, and who resumes waits for whoever has the holder locked, also where that one has waiters.
+//!   [tried] on Postgres 15, both.
 //!
 //! What holds always (invariants 1 to 5 of the design) has a constant each, in its model. That everything comes to its end is
 //! proved from every state: some order of steps without any more trouble leads to an end in which all runs are final, nobody is
