@@ -15,7 +15,8 @@
 //! - States that differ only in what nobody can meet any more (why a run ended, which of two like hosts is which) are one.
 //! - Left out to keep it small: trouble meets the two that share a slot, or a host that has one of them; a process fails by itself
 //!   only before the trouble has come (killed ones are retried after it), and that of the other workflow never does.
-//! - Not here: events, fences as numbers (a claim has its place among its run's), logs, idempotency keys, priorities, queues, time limits, `start_within`, callbacks, DELETE and new revisions.
+//! - Not here: events, fences as numbers (a claim has its place among its run's), logs, idempotency keys, priorities, queues, time
+//!   limits, `start_within`, callbacks, DELETE and new revisions.
 //!
 //! [`handover`]: one slot, statement by statement: versions and locks of rows, the unique index, READ COMMITTED, the trigger that
 //! hands the slot on, a pause. No sweep: the net is for what this model says can't happen.
