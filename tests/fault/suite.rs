@@ -66,7 +66,7 @@ fn scope() -> Result<Scope> {
     };
     let how_long = Duration::from_secs(if long || seed.is_some() { 60 * minutes.unwrap_or(1) } else { 40 });
     // What two cores can do with ease, so that what is missing is missing because of a fault.
-    let rate = if cfg!(debug_assertions) { 60.0 } else { 220.0 };
+    let rate = if cfg!(debug_assertions) { 60.0 } else { 160.0 };
     let control_time = Duration::from_secs(if long { 25 } else { 10 });
     Ok(Scope { seeds, how_long, rate, controls, control_time })
 }
