@@ -39,6 +39,9 @@
 //! a stopping replica does. What a refusal says of the holder comes from the view `slot_holders`; [`engine::presence`],
 //! `api/presence.rs` and [`engine::chores`] keep what that one reads: who asks for runs, and how long they usually take.
 //!
+//! Where the database has several servers, `store/servers.rs` finds the primary, for every connection of ours, and again after a
+//! failover; a pooler on the way to it that shares connections is refused at start ([`store::pooler`]).
+//!
 //! # A worker in your own program
 //!
 //! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function

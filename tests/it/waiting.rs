@@ -255,6 +255,49 @@ async fn the_end_of_a_holder_and_a_resume_at_once_hand_the_slot_on_whoever_is_fi
     }
 }
 
+const PAUSE: &str = "insert into pauses (kind, name, paused_by) values ('workflow', 'w', 'me')";
+const RESUME: &str = "select resume_workflow('w')";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_holder_and_a_resume_that_both_wait_for_the_holder_do_not_wait_for_each_other() {
+    let test = taken().await;
+    // Nobody else can see yet that the holder has a waiter.
+    let mut open = test.sql.begin().await.unwrap();
+    enqueue_in(&mut open, "w", "wait").await;
+    sqlx::raw_sql(PAUSE).execute(&test.sql).await.unwrap();
+    enqueue_in(&mut test.sql.acquire().await.unwrap(), "w", "wait").await;
+    let freed = aside(&test.sql, FREE);
+    until_blocked(&test, 1).await;
+    let resumed = aside(&test.sql, RESUME);
+    until_blocked(&test, 2).await;
+    open.commit().await.unwrap();
+    freed.await.unwrap();
+    resumed.await.unwrap();
+    let holding: i64 = sqlx::query_scalar("select count(*) from test_runs where status = 'queued'")
+        .fetch_one(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(holding, 1, "the slot was handed on");
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resume_does_not_rely_on_a_holder_that_has_looked_for_waiters_already() {
+    let test = taken().await;
+    sqlx::raw_sql("update test_runs set has_waiters = true").execute(&test.sql).await.unwrap();
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::raw_sql(FREE).execute(&mut *open).await.unwrap();
+    sqlx::raw_sql(PAUSE).execute(&test.sql).await.unwrap();
+    let (next, outcome, _) = enqueue_in(&mut test.sql.acquire().await.unwrap(), "w", "wait").await;
+    assert_eq!(outcome, "waiting");
+    let resumed = aside(&test.sql, RESUME);
+    until_blocked(&test, 1).await;
+    open.commit().await.unwrap();
+    resumed.await.unwrap();
+    assert_eq!(plant::status(&test.sql, next.unwrap()).await, Status::Queued);
+    test.check().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_paused_workflow_keeps_its_waiters_and_its_queued_run_until_it_is_resumed() {
     let test = taken().await;
