@@ -22,10 +22,9 @@
 //! hands the slot on, a pause. No sweep: the net is for what this model says can't happen.
 //! - Bounds: 1 workflow, 4 runs; a worker with three clients, or with two and somebody who pauses and resumes. A worker's end
 //!   stands for the reaper's and for a forced release, which take the same way out of `running`.
-//! - Two of its wrong variants, `PauseWaitedFor` and `ResumeTrusts`, are how migration 0006 has it, where Postgres' deadlock
-//!   detector and the sweep are the remedy. What keeps the promise here does otherwise: who promotes takes a pause that somebody
-//!   is about to end for ended, and who resumes waits for whoever has the holder locked, also where that one has waiters.
-//!   [tried] on Postgres 15, both.
+//! - Two of its wrong variants, `PauseWaitedFor` and `ResumeTrusts`, are how migration 0006 had it, where Postgres' deadlock
+//!   detector and the sweep were the remedy. The checker found them; 0011 has it as it is here: who promotes takes a pause that
+//!   somebody is about to end for ended, and who resumes waits for whoever has the holder locked, also where that one has waiters.
 //!
 //! What holds always (invariants 1 to 5 of the design) has a constant each, in its model. That everything comes to its end is
 //! proved from every state: some order of steps without any more trouble leads to an end in which all runs are final, nobody is
