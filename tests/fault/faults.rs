@@ -20,9 +20,20 @@ use super::proxy::Weather;
 /// The fault that the promise about processes excepts, named in the journal by the replica's process.
 pub const FREEZE_ALL: &str = "freeze a replica and its guards";
 
-/// One kind of fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
+macro_rules! kinds {
+    ($($kind:ident,)*) => {
+        /// One kind of fault.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Fault {
+            $($kind,)*
+        }
+
+        /// All of them.
+        pub const ALL: &[Fault] = &[$(Fault::$kind,)*];
+    };
+}
+
+kinds! {
     KillReplica,
     StopReplica,
     FreezeReplica,
@@ -53,37 +64,6 @@ pub enum Fault {
 }
 
 use Fault::*;
-
-/// All of them.
-pub const ALL: [Fault; 27] = [
-    KillReplica,
-    StopReplica,
-    FreezeReplica,
-    FreezeReplicaAndGuards,
-    KillGuards,
-    FreezeGuards,
-    KillWorker,
-    FreezeWorker,
-    KillHandlers,
-    FreezeHandlers,
-    KillClient,
-    CrashPostgres,
-    TerminateBackends,
-    ExhaustConnections,
-    Reindex,
-    Delay,
-    BlackHole,
-    Refuse,
-    Resets,
-    CutBeforeCommit,
-    CutBeforeAnswer,
-    Clock,
-    FullDisk,
-    SlowSync,
-    PinnedSnapshot,
-    LockedRows,
-    OpenEnqueue,
-];
 
 /// Faults in an order, each with luck of its own: the same for the same seed.
 pub fn deck(faults: &[Fault], seed: u64) -> impl Iterator<Item = (Fault, StdRng)> + use<> {

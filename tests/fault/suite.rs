@@ -89,7 +89,7 @@ pub async fn all() -> Result<bool> {
         let pooled = std::env::var_os("POOLER").is_some_and(|value| !value.is_empty());
         let quiet = Duration::from_secs(90);
         let plan = Plan { seed: *seed, rate: scope.rate, program, environment, spoil: None, pooled, quiet };
-        let outcome = seed::run(&ground, &plan, &faults::ALL, scope.how_long).await?;
+        let outcome = seed::run(&ground, &plan, faults::ALL, scope.how_long).await?;
         good &= report(*seed, &outcome, &ground.folder);
         total.add(&outcome);
     }
