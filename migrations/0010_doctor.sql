@@ -1,5 +1,5 @@
 -- What `singletrack doctor` reads. Safe beside a replica of the version before: the view says what it said, and that replica leaves
--- the new column alone.
+-- the new column alone. A role that may read the view alone has to be granted the tables under it, which now it reads for itself.
 
 alter table workers add column version text;
 comment on column workers.version is 'Version of the replica that wrote the row: a replica''s own. Null: written by one that did not say it yet.';

@@ -3,11 +3,16 @@
 //! Under such a one settings, LISTEN and prepared statements end up with others; pgbouncer before 1.21 has even been seen to run
 //! another client's statement. It can't be asked what it is, but what it does can be seen.
 
+use std::time::Duration;
+
 use sqlx::Row as _;
 use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
-use super::{LIMIT, Servers, Unreachable};
+use super::{Servers, Unreachable};
+
+/// How long all of it may take: two connections and some twenty statements, perhaps to a server far away that has just been promoted.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// Looks at different connections, since a pooler may hand them out in any order; one is enough where it takes the last one used.
 const ROUNDS: usize = 3;
@@ -24,7 +29,7 @@ pub enum Error {
     Unreachable(#[from] Unreachable),
     /// There is no answer, as from a pooler that has no second connection to give.
     #[error(
-        "no answer within {LIMIT:?}; a session pooler must have more connections to give than SINGLETRACK_POOL_SIZE and 2"
+        "not looked at within {LIMIT:?}: the database is slow, or a pooler gives no second connection; a session pooler must have more connections to give than SINGLETRACK_POOL_SIZE and 2"
     )]
     Silent,
     /// Sessions are mixed up.

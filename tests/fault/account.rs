@@ -9,9 +9,9 @@ use super::history::{History, Hold, is_final};
 use super::journal::{Entry, Line};
 
 /// How long after the time stamp of its commit a change may become visible: the stamp is taken before the flush, which may be slow.
-const FLUSH: i64 = 3_000_000;
+const FLUSH: i64 = 2_000_000;
 /// How long two commands of one workflow may both be alive after a worker and its guard, which were frozen, go on.
-const THAW: i64 = 1_000_000;
+const THAW: i64 = 2_000_000;
 
 /// What came of one seed.
 #[derive(Debug, Default)]
@@ -35,6 +35,7 @@ pub struct Account {
 #[derive(Default)]
 struct Request<'a> {
     workflow: &'a str,
+    keyed: bool,
     first_sent: i64,
     last_sent: i64,
     answered: Option<(i64, u16, Option<&'a str>, Option<Uuid>)>,
@@ -72,6 +73,9 @@ impl Account {
         }
         for run in history.runs.values() {
             let (ends, attempts) = (ends.get(&run.id).copied(), attempts.get(&run.id).copied().unwrap_or_default());
+            if run.by.as_deref() == Some("rolled back") {
+                self.found(format!("run {} was asked for in a transaction that was rolled back", run.id));
+            }
             if !is_final(&run.status) || ends != Some(1) {
                 self.found(format!(
                     "run {} is {} and became final {} times",
@@ -132,7 +136,7 @@ impl Account {
                     self.accepted += 1;
                     if made != [run] {
                         self.found(format!("request {id} was answered 202 with run {run}, and made {made:?}"));
-                    } else if !(request.first_sent..=at).contains(&first[&run]) {
+                    } else if !first.get(&run).is_some_and(|committed| (request.first_sent..=at).contains(committed)) {
                         self.found(format!("run {run} was not committed between request {id} and its answer"));
                     }
                 }
@@ -145,9 +149,14 @@ impl Account {
                             "request {id} ({since} to {at}) was answered {status} with run {holder}, which held the slot {held:?}"
                         )),
                     }
-                    self.none_made(id, request, made);
+                    self.none_made(id, request, made, &first);
                 }
-                Some(_) => self.none_made(id, request, made),
+                Some((_, status, cause, _)) => {
+                    if !matches!((status, cause), (409, Some("workflow-paused")) | (429 | 503, _)) {
+                        self.found(format!("request {id} was answered {status}, {cause:?}, and no run was named"));
+                    }
+                    self.none_made(id, request, made, &first);
+                }
                 None => {
                     self.unknown += 1;
                     self.unknown_carried_out += made.len();
@@ -163,9 +172,12 @@ impl Account {
         }
     }
 
-    /// A request that was refused made no run; at most one, if it had been sent before without an answer.
-    fn none_made(&mut self, id: &str, request: &Request<'_>, made: &[Uuid]) {
-        if made.len() > usize::from(request.unknown) {
+    /// A request that was refused made no run; at most one, if it had been sent before without an answer, and if that one was not
+    /// there yet when it was sent again under its key.
+    fn none_made(&mut self, id: &str, request: &Request<'_>, made: &[Uuid], first: &HashMap<Uuid, i64>) {
+        let was_there = |run: &Uuid| first.get(run).is_some_and(|committed| committed + FLUSH < request.last_sent);
+        let known = request.keyed && request.answered.is_some_and(|(_, status, ..)| status != 503);
+        if made.len() > usize::from(request.unknown) || (known && made.iter().any(was_there)) {
             self.found(format!("request {id} was refused and made {made:?}"));
         }
     }
@@ -264,8 +276,9 @@ fn requests(lines: &[Line]) -> HashMap<&str, Request<'_>> {
     let mut requests: HashMap<&str, Request<'_>> = HashMap::new();
     for line in lines {
         match &line.entry {
-            Entry::Sent { request, workflow, .. } => {
+            Entry::Sent { request, workflow, keyed } => {
                 let request = requests.entry(request).or_default();
+                request.keyed = *keyed;
                 request.workflow = workflow;
                 request.last_sent = line.at;
                 if request.first_sent == 0 {

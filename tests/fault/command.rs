@@ -74,6 +74,7 @@ fn lock(folder: &Path, workflow: &str, fence: i64, journal: &Journal) -> File {
     if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let with = fs::read_to_string(&path).unwrap_or_default();
         journal.write([Entry::Overlap { fence, with: with.trim().parse().unwrap_or_default() }]);
+        return file; // which still names the one that has it
     }
     file.write_at(format!("{fence:<20}").as_bytes(), 0).expect("the lock can be written");
     file

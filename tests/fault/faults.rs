@@ -102,12 +102,19 @@ pub async fn happen(fault: Fault, mut rng: StdRng, cluster: &Cluster, disk: &Dis
         KillWorker => cluster.members.end(&worker, Signal::KILL, short),
         KillHandlers => cluster.members.end("handlers", Signal::KILL, short),
         KillClient => cluster.members.end(&format!("client-{}", rng.random_range(0..2)), Signal::KILL, short),
-        FreezeReplica => freeze(cluster, &replica, long).await,
+        FreezeReplica => {
+            let _alone = cluster.freezing[number].lock().await;
+            freeze(cluster, &replica, long).await;
+        }
         FreezeWorker => freeze(cluster, &worker, long).await,
         FreezeHandlers => freeze(cluster, "handlers", long).await,
-        FreezeReplicaAndGuards => freeze_all(cluster, &replica, long).await,
+        FreezeReplicaAndGuards => {
+            let _alone = cluster.freezing[number].lock().await;
+            freeze_all(cluster, &replica, long).await;
+        }
         KillGuards => guards(cluster, &replica).into_iter().for_each(|pid| send(pid, Signal::KILL)),
         FreezeGuards => {
+            let _alone = cluster.freezing[number].lock().await;
             let frozen = guards(cluster, &replica);
             frozen.iter().for_each(|pid| send(*pid, Signal::STOP));
             sleep(long).await;
@@ -253,9 +260,12 @@ async fn reindex(cluster: &Cluster) -> Result<()> {
 async fn open_enqueue(cluster: &Cluster, rng: &mut StdRng, how_long: Duration) -> Result<()> {
     let mut open = cluster.sql.begin().await?;
     let workflow = format!("pull-{}", rng.random_range(0..4));
-    sqlx::query("select * from enqueue_run($1)").bind(workflow).execute(&mut *open).await?;
+    let committed = rng.random_bool(0.5);
+    let label = if committed { "sql" } else { "rolled back" };
+    let statement = "select * from enqueue_run($1, labels => jsonb_build_object('by', $2::text))";
+    sqlx::query(statement).bind(workflow).bind(label).execute(&mut *open).await?;
     sleep(how_long).await;
-    if rng.random_bool(0.5) {
+    if committed {
         open.commit().await?;
     }
     Ok(())

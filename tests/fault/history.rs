@@ -19,6 +19,8 @@ pub struct Run {
     pub output_fence: Option<i64>,
     /// The label of the request that asked for it.
     pub request: Option<String>,
+    /// Where it was asked for in SQL: whether that was taken back.
+    pub by: Option<String>,
 }
 
 /// One change of a status.
@@ -66,7 +68,7 @@ impl History {
     pub async fn read(sql: &PgPool) -> sqlx::Result<Self> {
         let runs: Vec<Run> = sqlx::query_as(
             "select id, workflow_id, executor_type, status, attempt, max_attempts, fence,
-                    (output ->> 'fence')::bigint as output_fence, labels ->> 'request' as request
+                    (output ->> 'fence')::bigint as output_fence, labels ->> 'request' as request, labels ->> 'by' as by
              from test_runs",
         )
         .fetch_all(sql)

@@ -32,7 +32,21 @@ impl Replicas {
         }
         let response = request.send().await.ok()?;
         let status = response.status().as_u16();
+        assert!(status < 500 || status == 503, "{path} was answered {status}: {:?}", response.text().await);
         Some((status, response.json().await.ok()?))
+    }
+
+    /// Those that do not say that they are ready.
+    pub async fn unready(&self) -> Vec<String> {
+        let mut unready = Vec::new();
+        for base in &self.bases {
+            let root = base.trim_end_matches("/api/v1");
+            let asked = self.http.get(format!("{root}/readyz")).timeout(Duration::from_secs(5)).send().await;
+            if !asked.is_ok_and(|answer| answer.status().is_success()) {
+                unready.push(root.to_owned());
+            }
+        }
+        unready
     }
 
     /// Defines a workflow, however long it takes.

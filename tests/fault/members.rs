@@ -24,6 +24,7 @@ struct All {
     /// Those that ended although nobody had asked for it.
     ended: Vec<String>,
     closing: bool,
+    closed: bool,
 }
 
 struct Member {
@@ -44,8 +45,9 @@ impl Members {
     pub fn new() -> Self {
         let all: Arc<Mutex<All>> = Arc::default();
         let kept = all.clone();
+        // The kernel kills what a thread has started when that ends: it goes on until all of them are gone.
         let keeper = thread::spawn(move || {
-            while !lock(&kept).keep() {
+            while lock(&kept).keep() {
                 thread::sleep(LOOK);
             }
         });
@@ -99,33 +101,43 @@ impl Members {
         std::mem::take(&mut lock(&self.all).ended)
     }
 
-    /// Sends `signal` to all and waits until they are gone; those that are not within `limit` are named, and killed.
+    /// Sends `signal` to all and waits until they are gone; those that are not within `limit` are told of, and killed, and so are
+    /// replicas that do not end well.
     pub fn close(&mut self, signal: Signal, limit: Duration) -> Vec<String> {
         let Some(keeper) = self.keeper.take() else { return Vec::new() };
-        lock(&self.all).closing = true;
-        let _ = keeper.join();
-        let mut all = lock(&self.all);
-        for member in &all.members {
+        let mut members = {
+            let mut all = lock(&self.all);
+            all.closing = true;
+            std::mem::take(&mut all.members)
+        };
+        for member in &members {
             if let Some(child) = &member.child {
                 let _ = kill_process(Pid::from_child(child), Signal::CONT);
                 let _ = kill_process(Pid::from_child(child), signal);
             }
         }
         let patience = Instant::now() + limit;
-        let mut slow = Vec::new();
-        for member in &mut all.members {
+        let mut findings = Vec::new();
+        for member in &mut members {
             let Some(mut child) = member.child.take() else { continue };
             while matches!(child.try_wait(), Ok(None)) {
                 if Instant::now() > patience {
-                    slow.push(member.name.clone());
+                    findings.push(format!("{} did not end within {limit:?} of {signal:?}", member.name));
                     let _ = child.kill();
-                    let _ = child.wait();
-                    break;
                 }
                 thread::sleep(LOOK);
             }
+            if let Ok(status) = child.wait()
+                && signal == Signal::TERM
+                && member.name.starts_with("replica")
+                && !status.success()
+            {
+                findings.push(format!("{} ended with {status} after TERM", member.name));
+            }
         }
-        slow
+        lock(&self.all).closed = true;
+        let _ = keeper.join();
+        findings
     }
 }
 
@@ -140,10 +152,10 @@ fn lock(all: &Mutex<All>) -> MutexGuard<'_, All> {
 }
 
 impl All {
-    /// Starts what is down, notes what ended; whether there is nothing more to do.
+    /// Starts what is down, notes what ended; whether to go on.
     fn keep(&mut self) -> bool {
         if self.closing {
-            return true;
+            return !self.closed;
         }
         for member in &mut self.members {
             if let Some(status) = member.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
@@ -162,7 +174,7 @@ impl All {
                 member.start();
             }
         }
-        false
+        true
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use singletrack::dev::Postgres;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use super::account::Account;
@@ -60,8 +60,11 @@ pub async fn run(ground: &Ground, plan: &Plan, faults: &[Fault], how_long: Durat
     while outcome.recovered < 0.9 * outcome.calm && healed.elapsed() < RECOVERY {
         outcome.recovered = rate(&cluster, Duration::from_secs(3)).await?.max(outcome.recovered);
     }
-    if outcome.recovered < 0.9 * outcome.calm {
+    if outcome.recovered < 0.9 * outcome.calm || outcome.calm < 1.0 {
         findings.push(format!("{:.0} runs/s came back of {:.0} within {RECOVERY:?}", outcome.recovered, outcome.calm));
+    }
+    for unready in cluster.replicas.unready().await {
+        findings.push(format!("{unready} is not ready again"));
     }
     if let Err(stuck) = cluster.settle(plan.quiet).await {
         findings.push(format!("{stuck:#}"));
@@ -103,7 +106,6 @@ async fn storm(
         if under_way.len() < AT_ONCE
             && let Some((fault, luck)) = deck.next()
         {
-            happened.push(fault);
             tracing::debug!(?fault, "happens");
             let (cluster, disk) = (cluster.clone(), ground.disk.clone());
             under_way.spawn(async move {
@@ -112,18 +114,24 @@ async fn storm(
             });
         }
         sleep(Duration::from_millis(rng.random_range(200..1_800))).await;
-        while under_way.try_join_next().is_some() {}
+        while let Some(over) = under_way.try_join_next() {
+            note(over, &mut happened, findings);
+        }
     }
     while let Some(over) = under_way.join_next().await {
-        // Two faults may be in each other's way: that is no finding, but what stays broken is.
-        match over {
-            Ok((fault, Err(error))) => tracing::debug!(?fault, "{error:#}"),
-            Err(error) => findings.push(format!("the suite itself failed: {error}")),
-            Ok(_) => {}
-        }
+        note(over, &mut happened, findings);
     }
     ground.disk.mend();
     happened
+}
+
+/// Only what happened to its end counts. Two faults may be in each other's way: that is no finding, but what stays broken is.
+fn note(over: Result<(Fault, Result<()>), JoinError>, happened: &mut Vec<Fault>, findings: &mut Vec<String>) {
+    match over {
+        Ok((fault, Ok(()))) => happened.push(fault),
+        Ok((fault, Err(error))) => tracing::debug!(?fault, "{error:#}"),
+        Err(error) => findings.push(format!("the suite itself failed: {error}")),
+    }
 }
 
 /// Runs that become final per second.

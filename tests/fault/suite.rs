@@ -12,7 +12,7 @@ use super::beside::beside;
 use super::cluster::{Plan, faketime};
 use super::controls::{Control, no_fence, no_guard, no_index};
 use super::disk::Disk;
-use super::faults;
+use super::faults::{self, Fault};
 use super::seed::{self, Ground, Outcome};
 
 /// How many findings of a seed are printed.
@@ -94,6 +94,7 @@ pub async fn all() -> Result<bool> {
         total.add(&outcome);
     }
     println!("{total}");
+    good &= total.is_enough(scope.seeds.len());
     for (number, control) in (1..).zip(&scope.controls) {
         match control.run(&ground, number, scope.rate, scope.control_time).await {
             Ok(noticed) => println!("control {noticed}"),
@@ -217,6 +218,24 @@ impl Total {
         self.findings += account.findings.len();
         self.frozen_overlaps += account.frozen_overlaps;
         self.kinds.extend(outcome.faults.iter().map(|fault| format!("{fault:?}")));
+    }
+}
+
+impl Total {
+    /// Whether that much was done that finding nothing means something: also on a slow machine more than half of what is asked for.
+    fn is_enough(&self, seeds: usize) -> bool {
+        let (runs, commands) = if cfg!(debug_assertions) { (500, 50) } else { (4_000, 200) };
+        let missing: Vec<&Fault> =
+            faults::ALL.iter().filter(|fault| !self.kinds.contains(&format!("{fault:?}"))).collect();
+        let enough = self.runs >= seeds * runs && self.commands >= seeds * commands;
+        // All kinds come in some forty faults.
+        let all_kinds = seeds < 5 || missing.is_empty();
+        if !enough || !all_kinds {
+            println!(
+                "too little was done: at least {runs} runs and {commands} commands per seed are wanted; never: {missing:?}"
+            );
+        }
+        enough && all_kinds
     }
 }
 

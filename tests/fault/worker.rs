@@ -65,12 +65,16 @@ impl Worker {
             let body = json!({"worker": self.name, "claim_id": Uuid::new_v4(), "max": room, "wait_seconds": 1});
             let sent = Instant::now();
             let Some(runs) = self.claimed(&body).await else { continue };
-            let new: Vec<&Value> = runs.iter().filter(|run| seen.insert(run["fence"].as_i64())).collect();
-            for run in &new {
+            // Given by another claim before: then it was started twice, and the account says so.
+            for run in runs.iter().filter(|run| !seen.insert(run["fence"].as_i64())) {
+                self.journal.write([start(run, &self.name)]);
+            }
+            let new = &runs;
+            for run in new {
                 self.held().insert(token(run), Held { good: sent, confirmed: false, cancel: false });
             }
             // The first heartbeat comes before any work.
-            let tokens: Vec<String> = new.iter().map(|run| token(run)).collect();
+            let tokens: Vec<String> = new.iter().map(token).collect();
             if !tokens.is_empty() {
                 self.beat(&tokens).await;
             }
@@ -103,9 +107,7 @@ impl Worker {
             sleep(Duration::from_millis(200)).await;
             self.beat(std::slice::from_ref(&token)).await;
         }
-        let workflow = run["workflow_id"].as_str().expect("a workflow").to_owned();
-        let id = run["id"].as_str().and_then(|id| id.parse().ok()).expect("an id");
-        self.journal.write([Entry::Start { fence, run: id, workflow, by: self.name.clone() }]);
+        self.journal.write([start(&run, &self.name)]);
         let work = Work::of(&run["input"]);
         let begun = Instant::now();
         let mut outcome = if work.fail { "failed" } else { "succeeded" };
@@ -190,6 +192,15 @@ impl Worker {
                 });
             }
         }
+    }
+}
+
+fn start(run: &Value, by: &str) -> Entry {
+    Entry::Start {
+        fence: run["fence"].as_i64().expect("a fence"),
+        run: run["id"].as_str().and_then(|id| id.parse().ok()).expect("an id"),
+        workflow: run["workflow_id"].as_str().expect("a workflow").to_owned(),
+        by: by.to_owned(),
     }
 }
 

@@ -105,6 +105,12 @@ async fn one_that_shares_connections_is_refused_at_start_in_one_line() {
             assert!(told.starts_with("singletrack: DATABASE_URL leads to a pooler"), "{told}");
             assert!(told.contains("pool_mode = session"), "the remedy: {told}");
         }
+        // What it would tell its session might stay with somebody else's.
+        let doctor =
+            block_in_place(|| singletrack(&["doctor"]).env("DATABASE_URL", &pooler.test.url).output().unwrap());
+        let told = String::from_utf8(doctor.stderr).unwrap();
+        assert_eq!((doctor.status.code(), told.lines().count()), (Some(69), 1), "{told}");
+        assert!(told.contains("DATABASE_URL leads to a pooler"), "{told}");
     }
 }
 

@@ -15,7 +15,7 @@ use serde::Serialize;
 use sqlx::postgres::PgConnection;
 use tokio::time::timeout;
 
-use crate::store::{Servers, doctor as facts};
+use crate::store::{Servers, doctor as facts, pooler};
 
 /// How long one statement may take, unless all of history is asked for.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -128,6 +128,9 @@ impl From<Vec<Finding>> for Judged {
 /// When there is no connection to be had, or it breaks.
 pub async fn examine(servers: impl Into<Servers>, terms: &Terms) -> anyhow::Result<Report> {
     const CANT: &str = "can't look at the database (DATABASE_URL)";
+    let servers = servers.into();
+    // What a session is told stays on a shared connection, and would make somebody else's read-only.
+    pooler::refuse_sharing(&servers).await.context(CANT)?;
     let mut connection = facts::connect(servers, (!terms.full).then_some(LIMIT)).await.context(CANT)?;
     let mut checks = Checks { account: String::new(), made: Vec::new() };
     let patience = if terms.full { Duration::MAX } else { PATIENCE };

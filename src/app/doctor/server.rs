@@ -119,8 +119,14 @@ fn unwanted(settings: &[Setting]) -> Vec<Finding> {
         for Setting { value, scope: of, .. } in
             found.filter(|setting| *scope == Scope::All || !setting.scope.is_empty())
         {
+            // What a role or a database has is as somebody wrote it.
+            let said = match value.to_lowercase().as_str() {
+                "false" | "no" | "0" => "off".to_owned(),
+                "true" | "yes" | "1" => "on".to_owned(),
+                said => said.to_owned(),
+            };
             // Of its several values only one does not wait for the disk.
-            let good = if *name == "synchronous_commit" { value != "off" } else { value == wanted };
+            let good = if *name == "synchronous_commit" { said != "off" } else { said == *wanted };
             if good {
                 continue;
             }

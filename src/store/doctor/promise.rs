@@ -74,7 +74,7 @@ pub async fn fences(connection: &mut PgConnection) -> sqlx::Result<Fences> {
     let largest = sqlx::query_scalar!(
         r#"
         select greatest(
-            (select max(r.fence) from test_runs r),
+            (select max(r.fence) from test_runs r where r.status in ('queued', 'running')),
             (select max(l.fence) from run_leases l),
             (select max(a.fence) from run_attempts a),
             0) as "largest!"

@@ -206,6 +206,8 @@ async fn what_somebody_added_is_theirs() {
          create view theirs_as_well as select 1 as one;
          alter table test_runs add column their_note text;
          create function theirs() returns trigger language plpgsql as 'begin return new; end';
+         create procedure theirs_to_call() language sql as 'select 1';
+         create aggregate theirs_to_sum (int) (sfunc = int4pl, stype = int);
          create trigger theirs before insert on test_runs for each row execute function theirs()",
     )
     .await;

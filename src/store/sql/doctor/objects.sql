@@ -68,6 +68,7 @@ objects as (
     from home h
     join pg_proc p on p.pronamespace = h.oid
     join pg_language l on l.oid = p.prolang
+    where p.prokind = 'f' -- all of ours; somebody's procedure has no result to show
     union all
     -- Before 16 a column has its table's name before it also where there is one table only.
     select 'view', r.relname,
