@@ -147,9 +147,8 @@ async fn when_nobody_reads_on_it_stops_and_removes_all_of_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_demo_that_is_killed_leaves_no_process() {
     let mut demo = Demo::play("executed");
-    // A run is claimed a moment before its command is there.
-    let all = "three replicas, Postgres and a command are alive";
-    eventually(all, LIMIT, || async { (demo.alive().len() > 4).then_some(()) }).await;
+    // It goes on meanwhile, and may have killed one of its replicas by now, and a command with it.
+    assert!(demo.alive().len() > 2, "two replicas at least, and Postgres");
     demo.child.kill().unwrap();
     demo.child.wait().unwrap();
     eventually("nothing is alive", LIMIT, || async { demo.alive().is_empty().then_some(()) }).await;
