@@ -123,11 +123,11 @@ int posix_fallocate(int fd, off_t from, off_t length)
     return no_room(fd, from + length) ? ENOSPC : real_posix_fallocate(fd, from, length);
 }
 
-static int64_t now_ms(void)
+static int64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000) + now.tv_nsec / 1000000;
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
 /* Before the real one, so that what is waited for is not yet safe. In small steps: it ends when the disk is mended. */
@@ -136,8 +136,8 @@ static void dawdle(void)
     if (!control->slow_ms)
         return;
     control->slowed++;
-    int64_t since = now_ms();
-    while (now_ms() - since < (int64_t)control->slow_ms)
+    int64_t since = now_ns();
+    while (now_ns() - since < (int64_t)control->slow_ms * 1000000)
         nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
 }
 
