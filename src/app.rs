@@ -179,8 +179,8 @@ pub async fn run(
     };
     let mut parts = Parts::default();
     let over = CancellationToken::new();
-    parts.spawn_flights("enqueues", &over, || enqueuer.clone().run());
-    parts.spawn_flights("ends", &over, || ctx.settler.clone().run());
+    parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), || enqueuer.clone().run());
+    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), || ctx.settler.clone().run());
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
@@ -231,9 +231,9 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
     let workflows = handlers.workflows();
     let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
-    let (mut parts, over) = (Parts::default(), CancellationToken::new());
-    parts.spawn_flights("ends", &over, || ctx.settler.clone().run());
-    work(&config, &servers, ctx, parts, &stop, || over.cancel()).await
+    let mut parts = Parts::default();
+    parts.spawn_flights("ends", || settled(ctx.clone(), ctx.draining.clone()), || ctx.settler.clone().run());
+    work(&config, &servers, ctx, parts, &stop, || ()).await
 }
 
 /// Runs the parts of a worker besides `parts`, and stops all of them in order; `last` is called when nothing is held any
@@ -335,6 +335,13 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
     }
 }
 
+/// Waits until nothing is to be settled any more: after `over`, when no attempt is left.
+async fn settled(ctx: engine::Ctx, over: CancellationToken) {
+    over.cancelled().await;
+    ctx.draining.cancelled().await;
+    ctx.attempts.wait().await;
+}
+
 /// Stops what is held when whoever runs a replica drops its future: attempts are tasks of their own, and from then on nobody
 /// renews their leases, or notices that they run out.
 struct Dropped(engine::Ctx);
@@ -343,6 +350,7 @@ impl Drop for Dropped {
     fn drop(&mut self) {
         let Self(ctx) = self;
         ctx.draining.cancel();
+        ctx.attempts.close();
         // An attempt that begins sees the one, or is told the other.
         ctx.hurry.cancel();
         ctx.held.stop_all(StopCause::Shutdown);
@@ -387,19 +395,22 @@ impl Parts {
         self.names.insert(id, name);
     }
 
-    /// Statements of a kind that are under way at once: what comes meanwhile gathers. They go on until `over`.
-    fn spawn_flights<F>(&mut self, name: &'static str, over: &CancellationToken, flight: impl Fn() -> F)
+    /// Statements of a kind that are under way at once: what comes meanwhile gathers. They go on until `over`, also when whoever runs the
+    /// replica drops its future before: attempts are tasks of their own, and have to be settled.
+    fn spawn_flights<F, O>(&mut self, name: &'static str, over: impl Fn() -> O, flight: impl Fn() -> F)
     where
         F: Future<Output = ()> + Send + 'static,
+        O: Future<Output = ()> + Send + 'static,
     {
         for _ in 0..FLIGHTS {
-            let (over, flight) = (over.clone(), flight());
-            self.spawn(name, async move {
+            let (over, flight) = (over(), flight());
+            let flying = tokio::spawn(async move {
                 tokio::select! {
-                    () = over.cancelled() => {}
+                    () = over => {}
                     () = flight => {}
                 }
             });
+            self.spawn(name, async move { drop(flying.await) });
         }
     }
 

@@ -52,10 +52,13 @@ impl Settler {
     /// Settles many; what the database went away from in between is [`Settled::Busy`], and may be sent again, settled or not.
     ///
     /// # Errors
-    /// Where nothing is settled.
+    /// Where nothing is settled; [`Error::Busy`] where somebody has all of their runs locked.
     pub async fn settle_all(&self, outcomes: Vec<(Lease, Outcome)>) -> Result<Vec<Settled>, Arc<Error>> {
         let asked = outcomes.into_iter().map(|(lease, outcome)| self.settle(lease, outcome));
         let answers = join_all(asked).await;
+        if answers.iter().all(|answer| matches!(answer, Ok(Settled::Busy))) {
+            return Err(Arc::new(Error::Busy(sqlx::Error::Protocol("somebody has the run locked".into()))));
+        }
         match answers.iter().all(Result::is_err) {
             true => answers.into_iter().collect(),
             false => Ok(answers.into_iter().map(|answer| answer.unwrap_or(Settled::Busy)).collect()),
