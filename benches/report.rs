@@ -75,8 +75,8 @@ impl Report {
         Some(median(values))
     }
 
-    /// Writes `result.md` and `result.json`; the table goes to standard output too.
-    pub fn write(&self, about: &Value) -> Result<()> {
+    /// Writes `result.md` and `result.json`, and gives back the table.
+    pub fn write(&self, about: &Value) -> Result<String> {
         let mut table = String::from(
             "| measure | figure | median (min to max) | floor | ratio | goal | |\n|---|---|---|---|---|---|---|\n",
         );
@@ -108,9 +108,7 @@ impl Report {
         let folder = folder()?;
         std::fs::write(folder.join("result.md"), format!("{}\n{table}", describe(about)))?;
         std::fs::write(folder.join("result.json"), format!("{result:#}\n"))?;
-        println!("{table}");
-        eprintln!("written to {} and result.json beside it", folder.join("result.md").display());
-        Ok(())
+        Ok(table)
     }
 }
 

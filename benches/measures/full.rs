@@ -52,8 +52,8 @@ fn tell(bench: &mut Bench, samples: &[Sample]) {
     let settled = &samples[MINUTE.min(samples.len().saturating_sub(1))..];
     let early = &settled[..settled.len().min(MINUTE)];
     let late = &settled[settled.len().saturating_sub(MINUTE)..];
-    let middle = |samples: &[Sample], of: fn(&Sample) -> f64| median(&samples.iter().map(of).collect::<Vec<_>>());
-    let parts: [(&str, &'static str, Goal, fn(&Sample) -> f64); 3] = [
+    let middle = |samples: &[Sample], of: Of| median(&samples.iter().map(of).collect::<Vec<_>>());
+    let parts: [(&str, &'static str, Goal, Of); 3] = [
         ("p99 of an enqueue", "ms", Goal::TimesAtMost(1.25), |sample| sample.p99),
         ("runs enqueued", "/s", Goal::TimesAtLeast(0.8), |sample| sample.rate),
         ("dead rows", "rows", Goal::TimesAtMost(1.25), |sample| sample.dead.iter().map(|(_, dead)| *dead as f64).sum()),
@@ -67,6 +67,9 @@ fn tell(bench: &mut Bench, samples: &[Sample]) {
     let series: Vec<Value> = samples.iter().map(Sample::json).collect();
     bench.report.detail("full", json!({"every_seconds": EVERY.as_secs(), "series": series}));
 }
+
+/// One number of a sample.
+type Of = fn(&Sample) -> f64;
 
 struct Sample {
     rate: f64,

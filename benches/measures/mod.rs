@@ -20,6 +20,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 
 use crate::machine::about;
+use crate::process::folder;
 use crate::report::Report;
 use crate::server::Server;
 
@@ -118,6 +119,8 @@ pub async fn run(names: &[&str]) -> Result<()> {
         // After each, so that a run that is broken off has something to show.
         bench.report.write(&about)?;
     }
+    println!("{}", bench.report.write(&about)?);
+    eprintln!("written to {}, and result.json beside it", folder()?.join("result.md").display());
     bench.server.close().await
 }
 

@@ -80,13 +80,14 @@ async fn settled(database: &Database) -> Result<()> {
     bail!("the worker does not begin")
 }
 
-/// The time of the commit is that of the transaction which wrote the run's first event: the run's own row has been written since.
+/// What the server notes as the time of a commit is taken before it is flushed to disk, so that the flush is a part of what is found.
+/// It is asked of the transaction which wrote the run's first event: the run's own row has been written since.
 async fn compare(database: &Database, begin: &str, file: &Path) -> Result<Latencies> {
     let text = std::fs::read_to_string(file).context("what the worker wrote down")?;
     let began: HashMap<&str, f64> = text
         .lines()
         .filter_map(|line| line.split_once(' '))
-        .filter_map(|(run_id, time)| Some((run_id, since_the_hour(time)?)))
+        .filter_map(|(run_id, time)| Some((run_id, within_its_day(time)?)))
         .collect();
     let committed = database
         .numbers(&format!(
@@ -99,7 +100,7 @@ async fn compare(database: &Database, begin: &str, file: &Path) -> Result<Latenc
         let began = began.get(run_id.as_str()).with_context(|| format!("run {run_id} was never begun"))?;
         let committed = (micros % DAY) as f64 / 1e6;
         let seconds = (began - committed).rem_euclid(DAY as f64 / 1e6);
-        // The commit is noted before it is visible; a handler that begins before it would be a day late here.
+        // Nobody can begin before it; one that did would be a day late here.
         all.saturating_record((seconds * 1e6) as u64);
     }
     if all.is_empty() {
@@ -112,7 +113,7 @@ async fn compare(database: &Database, begin: &str, file: &Path) -> Result<Latenc
 const DAY: i64 = 86_400_000_000;
 
 /// Unix seconds with a fraction, within their day.
-fn since_the_hour(time: &str) -> Option<f64> {
+fn within_its_day(time: &str) -> Option<f64> {
     let (seconds, fraction) = time.split_once('.')?;
     let seconds: i64 = seconds.parse().ok()?;
     let nanos: f64 = fraction.parse().ok()?;
