@@ -9,6 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
+use singletrack::Client;
 use singletrack::app::prepare_schema;
 use singletrack::config::Migrate;
 use singletrack::store::enqueue::Enqueued;
@@ -18,7 +19,7 @@ use tokio::task::JoinSet;
 use crate::http::pace;
 use crate::server::servers;
 use crate::worker::{Worker, unix};
-use crate::workflows::{BUSY, Instances, NOOP, define_all, enqueue, enqueue_many, fill, request};
+use crate::workflows::{BUSY, Instances, NOOP, define_all, enqueue_many, fill, request};
 
 /// What is printed when something else is asked for.
 pub const USAGE: &str = "\
@@ -34,32 +35,34 @@ parts, each against DATABASE_URL, printing one line of JSON:
 
 /// Producers that enqueue one by one.
 const PRODUCERS: usize = 32;
+/// What they have for their connections: more would be smaller batches.
+const CONNECTIONS: u32 = 4;
 /// Producers that enqueue many at once, and how many.
 const BULK: (usize, usize) = (4, 1000);
 
 /// Does one part.
 pub async fn run(arguments: &[&str]) -> Result<Value> {
     let url = std::env::var("DATABASE_URL").context("DATABASE_URL must name the Postgres to use")?;
-    let db = || anyhow::Ok(Db::new(servers(&url)?, PRODUCERS as u32, LIMIT));
+    let client = || anyhow::Ok(Client::new(servers(&url)?, CONNECTIONS));
     match arguments {
         ["setup"] => setup(&url).await,
-        ["single", seconds] => single(db()?, seconds.parse()?).await,
-        ["bulk", seconds] => bulk(db()?, seconds.parse()?).await,
+        ["single", seconds] => single(client()?, seconds.parse()?).await,
+        ["bulk", seconds] => bulk(client()?, seconds.parse()?).await,
         ["fill", count] => {
             let (count, since) = (count.parse()?, Instant::now());
-            fill(&db()?, NOOP, count).await?;
+            fill(&client()?, NOOP, count).await?;
             Ok(rate(count as u64, since))
         }
         ["worker", count] => Worker::start(&url)?.finish(count.parse()?, &url, None).await,
         ["worker", count, file] => Worker::start(&url)?.finish(count.parse()?, &url, Some(file)).await,
-        ["produce", rate, seconds, file] => produce(db()?, rate.parse()?, seconds.parse()?, file).await,
-        ["unique", seconds] => unique(db()?, seconds.parse()?).await,
+        ["produce", rate, seconds, file] => produce(client()?, rate.parse()?, seconds.parse()?, file).await,
+        ["unique", seconds] => unique(client()?, seconds.parse()?).await,
         ["both", rate, seconds, produced, began] => {
             let (rate, seconds): (f64, f64) = (rate.parse()?, seconds.parse()?);
             let worker = Worker::start(&url)?;
             // It listens, and has its connections, before it counts.
             tokio::time::sleep(Duration::from_secs(1)).await;
-            let answer = produce(db()?, rate, seconds, produced).await?;
+            let answer = produce(client()?, rate, seconds, produced).await?;
             let count = answer["runs"].as_u64().unwrap_or_default();
             worker.finish(count, &url, Some(began)).await
         }
@@ -79,15 +82,15 @@ fn rate(count: u64, since: Instant) -> Value {
     json!({"runs": count, "seconds": seconds, "runs_per_second": count as f64 / seconds})
 }
 
-async fn single(db: Db, seconds: f64) -> Result<Value> {
+async fn single(client: Client, seconds: f64) -> Result<Value> {
     let (instances, length, begin) = (Instances::of(NOOP), Duration::from_secs_f64(seconds), Instant::now());
     let mut tasks = JoinSet::new();
     for _ in 0..PRODUCERS {
-        let (db, instances) = (db.clone(), instances.clone());
+        let (client, instances) = (client.clone(), instances.clone());
         tasks.spawn(async move {
             let mut count = 0;
             while begin.elapsed() < length {
-                match enqueue(&db, request(&instances.next())?).await? {
+                match client.enqueue(request(&instances.next())?).await? {
                     Enqueued::Accepted(_) => count += 1,
                     other => bail!("a run was not accepted: {other:?}"),
                 }
@@ -98,17 +101,17 @@ async fn single(db: Db, seconds: f64) -> Result<Value> {
     Ok(rate(sum(tasks).await?, begin))
 }
 
-async fn bulk(db: Db, seconds: f64) -> Result<Value> {
+async fn bulk(client: Client, seconds: f64) -> Result<Value> {
     let (instances, length, begin) = (Instances::of(NOOP), Duration::from_secs_f64(seconds), Instant::now());
     let (producers, size) = BULK;
     let mut tasks = JoinSet::new();
     for _ in 0..producers {
-        let (db, instances) = (db.clone(), instances.clone());
+        let (client, instances) = (client.clone(), instances.clone());
         tasks.spawn(async move {
             let mut count = 0;
             while begin.elapsed() < length {
                 let requests = (0..size).map(|_| request(&instances.next())).collect::<Result<_>>()?;
-                enqueue_many(&db, requests).await?;
+                enqueue_many(&client, requests).await?;
                 count += size as u64;
             }
             anyhow::Ok(count)
@@ -117,17 +120,17 @@ async fn bulk(db: Db, seconds: f64) -> Result<Value> {
     Ok(rate(sum(tasks).await?, begin))
 }
 
-async fn unique(db: Db, seconds: f64) -> Result<Value> {
+async fn unique(client: Client, seconds: f64) -> Result<Value> {
     // The holder: accepted, or there already.
-    enqueue(&db, request(BUSY)?).await?;
+    client.enqueue(request(BUSY)?).await?;
     let (length, begin) = (Duration::from_secs_f64(seconds), Instant::now());
     let mut tasks = JoinSet::new();
     for _ in 0..PRODUCERS {
-        let db = db.clone();
+        let client = client.clone();
         tasks.spawn(async move {
             let mut count = 0;
             while begin.elapsed() < length {
-                match enqueue(&db, request(BUSY)?).await? {
+                match client.enqueue(request(BUSY)?).await? {
                     Enqueued::SlotTaken(_) => count += 1,
                     other => bail!("a run was not refused: {other:?}"),
                 }
@@ -149,18 +152,18 @@ async fn sum(mut tasks: JoinSet<Result<u64>>) -> Result<u64> {
 }
 
 /// Open loop: a run is asked for at its time, whatever became of those before it.
-async fn produce(db: Db, rate: f64, seconds: f64, file: &str) -> Result<Value> {
+async fn produce(client: Client, rate: f64, seconds: f64, file: &str) -> Result<Value> {
     let mut out = BufWriter::new(File::create(file).with_context(|| format!("can't write {file}"))?);
     let instances = Instances::of(NOOP);
     // The first use of a connection is not what is measured.
-    db.with(async |connection| sqlx::query("select 1").execute(connection).await).await?;
+    client.enqueue(request("there-is-no-such-workflow")?).await?;
     let mut due = pace(rate, (rate * seconds) as u64);
     let (begin, slowest) = (Instant::now(), Arc::new(AtomicU64::new(0)));
     let mut tasks = JoinSet::new();
     while let Some(due) = due.recv().await {
-        let (db, request, slowest) = (db.clone(), request(&instances.next())?, slowest.clone());
+        let (client, request, slowest) = (client.clone(), request(&instances.next())?, slowest.clone());
         tasks.spawn(async move {
-            match enqueue(&db, request).await? {
+            match client.enqueue(request).await? {
                 Enqueued::Accepted(run) => {
                     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
                     slowest.fetch_max(crate::http::micros(due.elapsed()), Ordering::Relaxed);

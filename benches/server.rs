@@ -6,6 +6,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use singletrack::Client;
 use singletrack::config::DatabaseUrl;
 use singletrack::dev::{Options, Postgres};
 use singletrack::store::{Db, LIMIT, Servers, migrate};
@@ -177,6 +178,11 @@ impl Database {
     /// The store's way to it.
     pub fn db(&self, connections: u32) -> Result<Db> {
         Ok(Db::new(self.servers()?, connections, LIMIT))
+    }
+
+    /// A program's way to it.
+    pub fn client(&self) -> Result<Client> {
+        Ok(Client::new(self.servers()?, 2))
     }
 
     pub async fn execute(&self, statements: &str) -> Result<()> {

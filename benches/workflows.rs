@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
+use singletrack::Client;
 use singletrack::domain::{Definition, WorkflowId};
-use singletrack::store::batch::enqueue_all;
 use singletrack::store::enqueue::{Enqueued, Request};
-use singletrack::store::{Db, Error, workflows};
+use singletrack::store::{Db, workflows};
 
 /// Done by a handler that does nothing.
 pub const NOOP: &str = "noop";
@@ -83,15 +83,9 @@ pub fn request(workflow_id: &str) -> Result<Request> {
     Ok(Request { input: Some(input()), ..Request::new(workflow(workflow_id)?, "bench") })
 }
 
-/// Enqueues one run through the library.
-pub async fn enqueue(db: &Db, request: Request) -> Result<Enqueued, Arc<Error>> {
-    let mut answers = enqueue_all(db, std::slice::from_ref(&request)).await;
-    answers.pop().unwrap_or(Ok(Enqueued::Contended))
-}
-
 /// Enqueues many runs through the library; all of them must be accepted.
-pub async fn enqueue_many(db: &Db, requests: Vec<Request>) -> Result<()> {
-    for answer in enqueue_all(db, &requests).await {
+pub async fn enqueue_many(client: &Client, requests: Vec<Request>) -> Result<()> {
+    for answer in client.enqueue_all(&requests).await {
         match answer? {
             Enqueued::Accepted(_) => {}
             other => bail!("a run was not accepted: {other:?}"),
@@ -101,13 +95,13 @@ pub async fn enqueue_many(db: &Db, requests: Vec<Request>) -> Result<()> {
 }
 
 /// Enqueues `count` runs of instances of their own.
-pub async fn fill(db: &Db, workflow: &str, count: usize) -> Result<()> {
+pub async fn fill(client: &Client, workflow: &str, count: usize) -> Result<()> {
     let instances = Instances::of(workflow);
     let mut left = count;
     while left > 0 {
         let size = left.min(PIECE);
         let requests = (0..size).map(|_| request(&instances.next())).collect::<Result<_>>()?;
-        enqueue_many(db, requests).await.context("filling the queue")?;
+        enqueue_many(client, requests).await.context("filling the queue")?;
         left -= size;
     }
     Ok(())

@@ -40,7 +40,7 @@ pub async fn run(bench: &mut Bench) -> Result<()> {
 
 /// Runs per second from the first start to the last end, as the rows say. The service has as many slots as there are cores.
 async fn once(database: &Database, count: usize) -> Result<f64> {
-    fill(&database.db(1)?, TRUE, count).await?;
+    fill(&database.client()?, TRUE, count).await?;
     database.execute("vacuum analyze test_runs").await?;
     database.execute("checkpoint").await?;
     let serve = Serve::with(database, &[]).await?;

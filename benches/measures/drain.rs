@@ -79,7 +79,7 @@ pub async fn pull_once(database: &Database, runs: usize) -> Result<f64> {
 /// Fills the queue; says when it began.
 async fn prepare(database: &Database, workflow: &str, runs: usize) -> Result<String> {
     let begin = database.now().await?;
-    fill(&database.db(1)?, workflow, runs).await?;
+    fill(&database.client()?, workflow, runs).await?;
     database.execute("vacuum analyze test_runs").await?;
     database.execute("checkpoint").await?;
     Ok(begin)

@@ -13,7 +13,7 @@ use crate::http::{Next, closed, post};
 use crate::process::Serve;
 use crate::report::{Goal, What};
 use crate::server::Database;
-use crate::workflows::{BUSY, NOOP, enqueue, request};
+use crate::workflows::{BUSY, NOOP, request};
 
 const STORM: usize = 256;
 const OTHERS: usize = 32;
@@ -52,7 +52,7 @@ pub async fn once(database: &Database, length: Duration) -> Result<Found> {
     // A process of the server tells what it has written when it ends at the latest: so the holder comes from a connection of its own,
     // and a service of its own has the storm.
     let db = database.db(1)?;
-    match enqueue(&db, request(BUSY)?).await? {
+    match database.client()?.enqueue(request(BUSY)?).await? {
         Enqueued::Accepted(_) | Enqueued::SlotTaken(_) => db.close().await,
         other => bail!("there is no holder: {other:?}"),
     }

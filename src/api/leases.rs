@@ -267,7 +267,8 @@ pub(super) async fn finish(
     let outcomes: Vec<_> = ends.into_iter().map(Finish::outcome).collect();
     let ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
     let settler = api.settler.clone();
-    let settled = to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
+    let settled =
+        to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
     api.look_again(); // a slot may have been handed on
     let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();

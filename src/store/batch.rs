@@ -60,7 +60,9 @@ pub(super) async fn enqueue_to(
         let busy = blocked.contains(first) && requests[piece[piece.len() - 1]].workflow_id == *first;
         let sent = match busy {
             true => Err(Error::Busy(sqlx::Error::Protocol("the slot is locked".into()))),
-            false if repeated && piece.len() > 1 => surely(db, &together, Look { patience: SHORTER, ..look }, true).await,
+            false if repeated && piece.len() > 1 => {
+                surely(db, &together, Look { patience: SHORTER, ..look }, true).await
+            }
             false => surely(db, &together, look, repeated).await,
         };
         match sent {

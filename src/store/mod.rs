@@ -250,7 +250,11 @@ struct Connections {
 impl Connections {
     async fn open(&self) -> Result<Reached, Unreachable> {
         let mut reached = self.servers.reach().await?;
-        let set = sqlx::query(SESSION).bind(LOCK_TIMEOUT).bind(self.replica.to_string()).execute(&mut reached.connection).await;
+        let set = sqlx::query(SESSION)
+            .bind(LOCK_TIMEOUT)
+            .bind(self.replica.to_string())
+            .execute(&mut reached.connection)
+            .await;
         match set {
             Ok(_) => Ok(reached),
             Err(error) => Err(self.servers.refused(&reached, error)),

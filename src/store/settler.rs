@@ -72,7 +72,9 @@ impl Settler {
             while let Some(piece) = pieces.pop() {
                 let outcomes: Vec<(Lease, Outcome)> = piece.iter().map(|asked| asked.item.clone()).collect();
                 match self.db.with(async |connection| settle(connection, &outcomes, None).await).await {
-                    Ok(settled) => piece.into_iter().zip(settled).for_each(|(asked, settled)| asked.answer(Ok(settled))),
+                    Ok(settled) => {
+                        piece.into_iter().zip(settled).for_each(|(asked, settled)| asked.answer(Ok(settled)))
+                    }
                     // One that the database refuses, or that waits for somebody, must not keep the others.
                     Err(error @ (Error::Refused(_) | Error::Busy(_))) if piece.len() > 1 => {
                         tracing::warn!(%error, "a batch of ends was refused; taking it apart");

@@ -9,7 +9,9 @@ use singletrack::store::settle::{self, Settled};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::support::calls::{attempts, claim_one, events, outcome, release_one, renew, row, settle_once, settle_one, until_blocked};
+use crate::support::calls::{
+    attempts, claim_one, events, outcome, release_one, renew, row, settle_once, settle_one, until_blocked,
+};
 use crate::support::database::TestDb;
 use crate::support::plant;
 
