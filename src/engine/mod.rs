@@ -34,7 +34,10 @@ use crate::store::{Db, Servers};
 use heartbeat::Held;
 use lookout::{Look, Looks};
 
-/// How long a dispatcher that nobody wakes waits before it looks again, and how long a part that failed waits.
+/// How long a dispatcher that nobody wakes waits before it looks again.
+const DISPATCH: Duration = Duration::from_secs(1);
+
+/// How long a part that failed waits.
 const POLL: Duration = Duration::from_millis(500);
 
 /// How often leases are looked at for running out; well within the margin they leave.
@@ -106,7 +109,7 @@ pub async fn dispatch(ctx: Ctx) {
     while !ctx.draining.is_cancelled() {
         let rest = match dispatcher.pass().await {
             Ok(report) if report.next == Next::Again => continue,
-            Ok(_) => jittered(POLL),
+            Ok(_) => jittered(DISPATCH),
             Err(error) => {
                 tracing::warn!(%error, "can't claim runs; trying again");
                 jittered(POLL)
