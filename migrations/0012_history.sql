@@ -3,14 +3,15 @@
 -- settings are right for them. So is fillfactor where it is: an update of test_runs is never a HOT one (status is in the predicates of
 -- its indexes), room on the page would stay empty; run_leases, where every update is one, has had it from the start.
 
--- Each run leaves two dead rows, and with each a dead entry at the head of test_runs_claimable, which claims pass until a vacuum
--- has removed the page: some 250 entries each. A vacuum reads every index whole. So both count: 0.2 of ten million rows, the server's
--- own setting, lets 2 million dead rows gather, and a claim pass 4,000 pages; a small number alone would read the indexes of ten million
--- runs every few seconds. 0.02 has each dead row pay for 50 entries of each index, which is some microseconds, and at ten million lets
--- a claim pass 400 pages. A server looks once a minute (autovacuum_naptime): it is never more often than that.
+-- Each run leaves two dead rows, and a dead entry at the head of test_runs_claimable, which every claim passes until a vacuum has
+-- removed the page: 165 entries each, 1.4 ms for a thousand pages. A vacuum reads every index whole. So both count: 0.2 of ten million
+-- rows, the server's own setting, lets 2 million dead rows gather, a million runs, and a claim then passes 6,000 pages; a small number
+-- alone would read the indexes of ten million runs every few seconds. With 0.02 each dead row pays for 50 entries of each index, some
+-- microseconds, and at ten million a claim passes 600 pages at most. A server looks once a minute (autovacuum_naptime): it is never
+-- more often than that.
 alter table test_runs set (
     autovacuum_vacuum_scale_factor = 0.02,
-    autovacuum_vacuum_threshold = 10000, -- while there is little history: 5,000 runs, 20 pages
+    autovacuum_vacuum_threshold = 10000, -- while there is little history: 5,000 runs, 30 pages
     -- else a vacuum that finds dead rows on less than a 50th of the pages leaves the entries, and the claims, as they are
     vacuum_index_cleanup = on,
     -- It reads a sample of 30,000 rows, however many there are.

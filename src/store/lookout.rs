@@ -25,8 +25,8 @@ pub struct Signs {
     pub until_next: Option<Duration>,
 }
 
-/// Looks at the first entry of each index that knows. They are ordered by, because EXISTS would let the planner read all
-/// of a table for what statistics from busier times say is everywhere.
+/// Looks at the first entry of each index that knows. They are ordered by: EXISTS, or a minimum, would let the planner read all of
+/// a table for what statistics from other times say is everywhere, or nowhere.
 pub async fn glance(connection: &mut PgConnection) -> sqlx::Result<Signs> {
     let row = sqlx::query!(
         r#"
@@ -35,7 +35,8 @@ pub async fn glance(connection: &mut PgConnection) -> sqlx::Result<Signs> {
                    is not null as "held!",
                (select workflow_id from test_runs where status = 'waiting' order by workflow_id limit 1)
                    is not null as "waiting!",
-               coalesce((select min(run_at) from test_runs where status = 'scheduled') <= now(), false) as "due!",
+               coalesce((select run_at from test_runs where status = 'scheduled' order by run_at, id limit 1) <= now(), false)
+                   as "due!",
                -- one that an older version left behind, of no current revision, is none
                exists (select from workflow_schedules s
                        join workflows w on w.id = s.workflow_id and w.revision = s.revision and w.deleted_at is null
@@ -43,10 +44,10 @@ pub async fn glance(connection: &mut PgConnection) -> sqlx::Result<Signs> {
                or exists (select from workflow_schedules s
                           join workflows w on w.id = s.workflow_id and w.revision = s.revision and w.deleted_at is null
                           where s.next_at <= now()) as "tick!",
-               coalesce((select min(expires_at) from idempotency_keys) < now(), false) as "keys!",
+               coalesce((select expires_at from idempotency_keys order by expires_at limit 1) < now(), false) as "keys!",
                extract(epoch from least(
-                   (select min(run_at) from test_runs where status = 'scheduled' and run_at > now()),
-                   (select min(next_at) from workflow_schedules where next_at > now())) - now())::float8 as next_seconds
+                   (select run_at from test_runs where status = 'scheduled' and run_at > now() order by run_at, id limit 1),
+                   (select next_at from workflow_schedules where next_at > now() order by next_at limit 1)) - now())::float8 as next_seconds
         "#
     )
     .fetch_one(connection)
