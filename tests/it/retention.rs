@@ -227,7 +227,7 @@ async fn what_was_passed_by_is_not_read_again_in_every_pass() {
     let run_id = plant::run(&test, "live", Status::Queued).await.run_id;
     age(&test, run_id, 400, 0).await;
     assert_eq!(passes(&mut keeper).await, [] as [Uuid; 0]);
-    singletrack::store::control::cancel(&mut *test.sql.acquire().await.unwrap(), run_id, "test").await.unwrap();
+    singletrack::store::control::cancel(&mut test.sql.acquire().await.unwrap(), run_id, "test").await.unwrap();
     age(&test, run_id, 400, 91).await;
     assert_eq!(passes(&mut keeper).await, [] as [Uuid; 0], "it is before the mark");
     let later = old(&test, "later").await;
