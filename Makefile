@@ -2,7 +2,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fault prepare lint
+.PHONY: help run test fault bench prepare lint
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -27,6 +27,13 @@ fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone,
 		FAULT_EARLIER=$$(.ci/earlier build) && export FAULT_EARLIER && \
 		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) POOLER=$(POOLER) \
 		cargo test --release --locked --test fault
+
+bench: ## how fast it is, beside bare SQL (BENCH=drain: one measure, or several by commas; REPS=3, SECONDS=5, HISTORY=1000000, MINUTES=2, PG=18)
+	@.ci/tools cargo cc
+	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the benchmark starts a Postgres of its own"
+	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
+		REPS=$(REPS) SECONDS=$(SECONDS) RUNS=$(RUNS) MINUTES=$(MINUTES) HISTORY=$(HISTORY) IDLE_SECONDS=$(IDLE_SECONDS) \
+		cargo bench --locked --bench bench -- all $(BENCH)
 
 prepare: ## write sqlx-data.json anew, after a change of a query or a migration
 	@.ci/prepare

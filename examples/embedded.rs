@@ -14,9 +14,9 @@ use serde_json::json;
 use singletrack::app::prepare_schema;
 use singletrack::config::Settings;
 use singletrack::domain::{Definition, WorkflowId};
-use singletrack::store::enqueue::{Enqueued, Request, enqueue};
+use singletrack::store::enqueue::{Enqueued, Request};
 use singletrack::store::{Db, LIMIT, Servers, workflows};
-use singletrack::{Context, Handlers, Stop, embed};
+use singletrack::{Client, Context, Handlers, Stop, embed};
 
 #[derive(Deserialize)]
 struct Input {
@@ -67,17 +67,16 @@ async fn main() -> anyhow::Result<()> {
     // Define it and start a run. Any other program, or the API, can do that as well.
     let servers = Servers::from(config.database_url.as_ref().context("DATABASE_URL")?.options());
     prepare_schema(&servers, config.migrate).await?;
-    let db = Db::new(servers, 1, LIMIT);
+    let db = Db::new(servers.clone(), 1, LIMIT);
     let definition: Definition = serde_json::from_value(json!({
         "executor": {"type": "handler"}, "timeout_seconds": 3600, "max_attempts": 3,
     }))?;
     db.with(async |connection| workflows::put(connection, &workflow, &definition, "example").await).await?;
     let input = Some(json!({"tables": ["orders", "customers"]}));
     let request = Request { input, ..Request::new(workflow.clone(), "example") };
-    let answers = db.with(async |connection| enqueue(connection, &[&request], false).await).await?;
-    match answers.first() {
-        Some(Enqueued::Accepted(run)) => println!("started {}", run.id),
-        Some(Enqueued::SlotTaken(holder)) => println!("already in progress: {}", holder.run_id),
+    match Client::new(servers, 1).enqueue(request).await? {
+        Enqueued::Accepted(run) => println!("started {}", run.id),
+        Enqueued::SlotTaken(holder) => println!("already in progress: {}", holder.run_id),
         other => bail!("not started: {other:?}"),
     }
 

@@ -1,5 +1,6 @@
 //! Composition root: from a [`Config`] to a running replica, and back down in order.
 
+mod client;
 pub mod demo;
 pub mod doctor;
 
@@ -17,6 +18,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use self::client::Client;
 use crate::api::{self, Api, Facts, LAST_NOTES, Terms};
 use crate::config::{Config, MARGIN, Migrate};
 use crate::domain::StopCause;
@@ -29,11 +31,15 @@ use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
 pub use crate::store::Servers;
+use crate::store::enqueuer::Enqueuer;
 use crate::store::retention::{Ages, SQL_KEY};
+use crate::store::settler::Settler;
 use crate::store::{self, Db, migrate, pooler};
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Statements of each kind that take many at once and are under way together: more would be smaller ones.
+const FLIGHTS: usize = 2;
 /// Time open requests have to end when everything else has.
 const LAST_REQUESTS: Duration = Duration::from_secs(2);
 /// Time an outcome has to be recorded after its command was killed, when the replica must leave.
@@ -151,11 +157,14 @@ pub async fn run(
             "SINGLETRACK_GUARD=off: commands may outlive their run and overlap with the next; nothing is promised"
         );
     }
+    let enqueuer = Enqueuer::new(ctx.db.clone());
     let api = Api {
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),
-        wake_pull: Arc::new(Notify::new()),
+        wake_pull: ctx.wake_pull.clone(),
         wake_scheduler: ctx.wake_scheduler.clone(),
+        enqueuer: enqueuer.clone(),
+        settler: ctx.settler.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
         facts: Arc::new(Facts::new(
@@ -174,6 +183,8 @@ pub async fn run(
     };
     let mut parts = Parts::default();
     let over = CancellationToken::new();
+    parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), || enqueuer.clone().run());
+    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), || ctx.settler.clone().run());
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
@@ -224,7 +235,9 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
     let workflows = handlers.workflows();
     let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
-    work(&config, &servers, ctx, Parts::default(), &stop, || ()).await
+    let mut parts = Parts::default();
+    parts.spawn_flights("ends", || settled(ctx.clone(), ctx.draining.clone()), || ctx.settler.clone().run());
+    work(&config, &servers, ctx, parts, &stop, || ()).await
 }
 
 /// Runs the parts of a worker besides `parts`, and stops all of them in order; `last` is called when nothing is held any
@@ -242,11 +255,11 @@ async fn work(
     parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
     keep_house(config, &ctx, &mut parts, &done);
+    parts.spawn("listener", engine::listen(ctx.clone(), servers.clone(), done.clone()));
     if config.worker.capacity > 0 {
         parts.spawn("presence", engine::be_present(ctx.clone(), done.clone()));
         // Counted among the attempts, so that the end of them all is not before the end of a claim that is under way.
         parts.spawn("dispatcher", ctx.attempts.track_future(engine::dispatch(ctx.clone())));
-        parts.spawn("listener", engine::listen(ctx.clone(), servers.clone(), done.clone()));
     }
 
     let failed = tokio::select! {
@@ -300,15 +313,18 @@ fn context(
     // A renewal that hangs must fail while there is time for another one.
     let renewal_limit = worker.heartbeat_interval.clamp(Duration::from_millis(500), store::LIMIT);
     let listen = listen.unwrap_or(config.listen);
+    let db = Db::new(servers.clone(), config.pool_size, store::LIMIT);
     let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
     Ok(engine::Ctx {
-        db: Db::new(servers.clone(), config.pool_size, store::LIMIT),
+        settler: Settler::new(db.clone()),
+        db,
         lease_db: Db::new(servers.clone(), 1, renewal_limit),
         name: worker_name().into(),
         handlers,
         http: Arc::new(http::Client::new(&worker.outgoing).context("can't set up the client of http executors")?),
         callback_url: format!("{}/api/v1/leases/finish", public_url.trim_end_matches('/')).into(),
         wake: Arc::new(Notify::new()),
+        wake_pull: Arc::new(Notify::new()),
         wake_scheduler: Arc::new(Notify::new()),
         held: Arc::new(Held::default()),
         capacity: Arc::new(Semaphore::new(worker.capacity)),
@@ -336,6 +352,13 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
     }
 }
 
+/// Waits until nothing is to be settled any more: after `over`, when no attempt is left.
+async fn settled(ctx: engine::Ctx, over: CancellationToken) {
+    over.cancelled().await;
+    ctx.draining.cancelled().await;
+    ctx.attempts.wait().await;
+}
+
 /// Stops what is held when whoever runs a replica drops its future: attempts are tasks of their own, and from then on nobody
 /// renews their leases, or notices that they run out.
 struct Dropped(engine::Ctx);
@@ -344,6 +367,7 @@ impl Drop for Dropped {
     fn drop(&mut self) {
         let Self(ctx) = self;
         ctx.draining.cancel();
+        ctx.attempts.close();
         // An attempt that begins sees the one, or is told the other.
         ctx.hurry.cancel();
         ctx.held.stop_all(StopCause::Shutdown);
@@ -386,6 +410,25 @@ impl Parts {
     fn spawn(&mut self, name: &'static str, part: impl Future<Output = ()> + Send + 'static) {
         let id = self.tasks.spawn(part).id();
         self.names.insert(id, name);
+    }
+
+    /// Statements of a kind that are under way at once: what comes meanwhile gathers. They go on until `over`, also when whoever runs the
+    /// replica drops its future before: attempts are tasks of their own, and have to be settled.
+    fn spawn_flights<F, O>(&mut self, name: &'static str, over: impl Fn() -> O, flight: impl Fn() -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+        O: Future<Output = ()> + Send + 'static,
+    {
+        for _ in 0..FLIGHTS {
+            let (over, flight) = (over(), flight());
+            let flying = tokio::spawn(async move {
+                tokio::select! {
+                    () = over => {}
+                    () = flight => {}
+                }
+            });
+            self.spawn(name, async move { drop(flying.await) });
+        }
     }
 
     /// The name of the next part that ends, by itself or by a panic. None should.

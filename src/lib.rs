@@ -113,5 +113,5 @@ pub(crate) mod tls;
 pub mod cli;
 pub mod dev;
 
-pub use app::{Stop, embed};
+pub use app::{Client, Stop, embed};
 pub use executor::handler::{Context, Handlers};

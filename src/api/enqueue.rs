@@ -190,8 +190,15 @@ impl Started {
 
 /// Enqueues one run: the run that was accepted or joined, or the problem to answer with.
 pub(super) async fn start(api: &Api, request: Request) -> Result<Started, Problem> {
-    let mut answers = start_all(api, vec![request]).await?;
-    answers.pop().unwrap_or_else(|| Err(Problem::contended()))
+    let request = Arc::new(request);
+    let answer = match api.enqueuer.together(&request).await {
+        Some(answer) => answer,
+        None => {
+            let (enqueuer, request) = (api.enqueuer.clone(), request.clone());
+            to_its_end(async move { enqueuer.apart(&request).await }).await?
+        }
+    };
+    end(api, &request, answer)
 }
 
 /// Enqueues runs; the answers stand in the order of the requests.
@@ -211,7 +218,7 @@ fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>
             if run.status == Status::Queued {
                 api.announce(&run);
             }
-            tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, status = run.status.as_str(), "enqueued");
+            tracing::debug!(run.id = %run.id, workflow.id = run.workflow_id, status = run.status.as_str(), "enqueued");
             Ok(Started::Accepted(run))
         }
         Ok(Enqueued::Existing(run)) => {

@@ -16,7 +16,6 @@ use super::{Api, to_its_end};
 use crate::domain::object::objects;
 use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
-use crate::store::batch::settle_all;
 use crate::store::claim::{self, Renewal};
 use crate::store::logs::{self, Bound, LAST_SEQ};
 use crate::store::runs;
@@ -267,21 +266,21 @@ pub(super) async fn finish(
     let ends = ends.checked(|end| end.token, |end| end.check(api.facts.terms.output_bytes))?;
     let outcomes: Vec<_> = ends.into_iter().map(Finish::outcome).collect();
     let ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
-    let db = api.db.clone();
-    let work = async move { settle_all(&db, &outcomes).await };
-    let settled = to_its_end(work).await??;
+    let settler = api.settler.clone();
+    let settled =
+        to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
     api.look_again(); // a slot may have been handed on
     let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {
         let result = match settled {
-            Some(Settled::Recorded(status)) => {
-                tracing::info!(run.id = %id, status = status.as_str(), "finished by its worker");
+            Settled::Recorded(status) => {
+                tracing::debug!(run.id = %id, status = status.as_str(), "finished by its worker");
                 Taken::Ok
             }
-            Some(Settled::Already(_)) => Taken::Ok,
-            Some(Settled::Lost(_)) => Taken::Lost,
-            None => Taken::Busy,
+            Settled::Already(_) => Taken::Ok,
+            Settled::Lost(_) => Taken::Lost,
+            Settled::Busy => Taken::Busy,
         };
         Finished { result, run: found.get(id).cloned() }
     })))

@@ -41,6 +41,8 @@ use uuid::Uuid;
 
 use crate::domain::Run;
 use crate::store::Db;
+use crate::store::enqueuer::Enqueuer;
+use crate::store::settler::Settler;
 
 pub use notes::{LAST_NOTES, Notes, keep_notes};
 pub use openapi::document;
@@ -57,6 +59,10 @@ const WAITERS: usize = 1000;
 pub struct Api {
     /// The pool.
     pub db: Db,
+    /// Enqueues runs, many at once.
+    pub enqueuer: Enqueuer,
+    /// Settles attempts, many at once.
+    pub settler: Settler,
     /// Told when something was enqueued for the workers of this replica.
     pub wake: Arc<Notify>,
     /// Told when something was enqueued that is claimed over HTTP.

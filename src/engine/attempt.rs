@@ -14,7 +14,7 @@ use crate::domain::{Lease, Outcome, StopCause, Verdict};
 use crate::executor::boottime::Boottime;
 use crate::store;
 use crate::store::claim::{self, Claimed, release};
-use crate::store::settle::{Settled, settle};
+use crate::store::settle::Settled;
 
 /// Holds the lease of a claimed run.
 pub(super) fn hold(ctx: &Ctx, claimed: &Claimed, sent: Boottime) -> Holding {
@@ -31,20 +31,24 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: Ow
         run.attempt = claimed.run.attempt,
         run.fence = claimed.run.fence,
     );
-    execute_and_settle(&ctx, claimed, holding).instrument(span).await;
-    drop(permit);
+    execute_and_settle(&ctx, claimed, holding, permit).instrument(span).await;
+    // A slot may have been handed on.
     ctx.wake.notify_one();
 }
 
-async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding) {
+async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, permit: OwnedSemaphorePermit) {
     let lease = claimed.lease;
     if ctx.hurry.is_cancelled() {
         return give_back(ctx, lease).await;
     }
     let started = Instant::now();
     holding.begin();
-    tracing::info!("attempt started");
-    let over = match execute(ctx, &claimed, &holding).await {
+    tracing::debug!("attempt started");
+    let ended = execute(ctx, &claimed, &holding).await;
+    // The next one may start while this one is recorded.
+    drop(permit);
+    ctx.wake.notify_one();
+    let over = match ended {
         Ended::Outcome(outcome) => record(ctx, lease, outcome, started.elapsed()).await,
         Ended::HandedOver { seconds } => hand_over(ctx, lease, seconds).await,
     };
@@ -65,12 +69,15 @@ async fn give_back(ctx: &Ctx, lease: Lease) {
 /// now that the attempt is over.
 async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bool {
     let verdict = outcome.verdict;
-    let mut outcomes = [(lease, outcome)];
+    let mut outcome = outcome;
     let mut patience = Patience::default();
     loop {
-        match ctx.db.with(async |connection| settle(connection, &outcomes, &*ctx.name).await).await {
+        match ctx.settler.settle(lease, outcome.clone()).await {
+            Ok(Settled::Busy) if ctx.held.cause(lease) != Some(StopCause::LeaseLost) => {
+                tracing::debug!("somebody has the run locked; trying again");
+            }
             Ok(settled) => {
-                report(&settled, verdict, took);
+                report(settled, verdict, took);
                 return true;
             }
             // As long as nobody says that the lease is lost it may hold: while the database is away nobody can take it.
@@ -82,10 +89,10 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bo
                 return false;
             }
             // It would be refused for ever, and the slot with it: record that, without what the command handed back.
-            Err(error) if outcomes[0].1.reason.as_deref() != Some("unrecordable") => {
+            Err(error) if outcome.reason.as_deref() != Some("unrecordable") => {
                 tracing::error!(%error, "the outcome was refused");
                 let text = format!("the outcome could not be recorded: {error}");
-                outcomes[0].1 = Outcome::because(Verdict::Failed, "unrecordable", text.replace('\0', "\u{fffd}"));
+                outcome = Outcome::because(Verdict::Failed, "unrecordable", text.replace('\0', "\u{fffd}"));
             }
             Err(error) => {
                 tracing::error!(%error, "the outcome was refused; the reaper will end the run");
@@ -119,17 +126,20 @@ async fn hand_over(ctx: &Ctx, lease: Lease, seconds: i32) -> bool {
     }
 }
 
-fn report(settled: &[Settled], verdict: Verdict, took: Duration) {
+fn report(settled: Settled, verdict: Verdict, took: Duration) {
     let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-    match settled.first() {
-        Some(Settled::Recorded(status) | Settled::Already(status)) => {
+    match settled {
+        Settled::Recorded(status) | Settled::Already(status) if verdict == Verdict::Succeeded => {
+            tracing::debug!(status = status.as_str(), duration_ms, "attempt ended");
+        }
+        Settled::Recorded(status) | Settled::Already(status) => {
             tracing::info!(status = status.as_str(), duration_ms, "attempt ended");
         }
-        Some(Settled::Lost(current)) => {
+        Settled::Lost(current) => {
             let current = current.map(|status| status.as_str());
             tracing::warn!(?verdict, current, duration_ms, "the lease was lost; the outcome counts for nothing");
         }
-        None => tracing::error!("the settling statement gave no answer"),
+        Settled::Busy => {}
     }
 }
 

@@ -39,6 +39,8 @@ struct Leases {
     /// When it was said of late that somebody may have asked for the end of a run, or of any (`None`). It may be one whose
     /// claim is under way, and its answer would not say so.
     hints: VecDeque<(Option<Uuid>, Boottime)>,
+    /// When the renewals look again by themselves; `None` where nothing was held when they looked last.
+    look: Option<Boottime>,
 }
 
 struct HeldLease {
@@ -126,18 +128,24 @@ impl Held {
             |(run_id, at): &(Option<Uuid>, Boottime)| run_id.is_none_or(|id| id == lease.run_id) && *at >= sent;
         let asked = leases.hints.iter().any(is_meant).then(Boottime::now);
         let held = HeldLease { lease, interval, good: sent, patience, end_by, asked, progress: None, stop };
+        // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
+        held.fence_off();
+        // Of a thousand that are claimed together the renewals need to hear of one.
+        let is_first = asked.is_some() || leases.look.is_none_or(|look| sent + interval < look);
         leases.by_fence.insert(lease.fence, held);
         drop(leases);
-        // The claim's answer may have taken longer than the lease lasts: then nothing may be started.
-        self.fence_off();
-        self.changed.notify_one();
+        if is_first {
+            self.changed.notify_one();
+        }
         Holding { held: self.clone(), fence: lease.fence, open: false, stop: stopped, end_by: ends_by }
     }
 
     /// Whether the attempt under this lease may go on, by the clock of this moment.
     pub(super) fn is_good(&self, lease: Lease) -> bool {
-        self.fence_off();
-        self.cause(lease).is_none()
+        let leases = self.lock();
+        let Some(held) = leases.by_fence.get(&lease.fence) else { return false };
+        held.fence_off();
+        held.stop.borrow().is_none()
     }
 
     /// Why the attempt under this lease has to end, if it has.
@@ -155,9 +163,11 @@ impl Held {
     /// Waits until a lease is due, or a new one is held.
     pub(super) async fn until_due(&self) {
         let rest = {
-            let leases = self.lock();
+            let mut leases = self.lock();
             let kept = leases.by_fence.values().filter(|held| !held.is_lost());
-            kept.map(HeldLease::rest).min()
+            let rest = kept.map(HeldLease::rest).min();
+            leases.look = rest.map(|rest| Boottime::now() + rest);
+            rest
         };
         tokio::select! {
             () = self.changed.notified() => {}
@@ -198,9 +208,7 @@ impl Held {
 
     /// Ends every attempt whose lease the reaper may take before its process could be killed otherwise.
     pub(super) fn fence_off(&self) {
-        for held in self.lock().by_fence.values().filter(|held| held.good.elapsed() > held.patience) {
-            stop(held, StopCause::Unrenewed);
-        }
+        self.lock().by_fence.values().for_each(HeldLease::fence_off);
     }
 }
 
@@ -208,6 +216,13 @@ impl HeldLease {
     /// How long until it is to be renewed.
     fn rest(&self) -> Duration {
         if self.asked.is_some() { Duration::ZERO } else { self.interval.saturating_sub(self.good.elapsed()) }
+    }
+
+    /// Ends the attempt if the reaper may take the lease before its process could be killed otherwise.
+    fn fence_off(&self) {
+        if self.good.elapsed() > self.patience {
+            stop(self, StopCause::Unrenewed);
+        }
     }
 
     fn is_lost(&self) -> bool {

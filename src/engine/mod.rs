@@ -29,16 +29,17 @@ use tokio_util::task::TaskTracker;
 use crate::config;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
+use crate::store::settler::Settler;
 use crate::store::workers::Subscription;
 use crate::store::{Db, Servers};
 use heartbeat::Held;
 use lookout::{Look, Looks};
 
-/// How long a dispatcher that nobody wakes waits before it looks again.
-const DISPATCH: Duration = Duration::from_secs(1);
-
-/// How long a part that failed waits.
+/// How long a part that failed waits before it tries again.
 const POLL: Duration = Duration::from_millis(500);
+
+/// How long a dispatcher that nobody wakes waits before it looks again.
+const UNWOKEN: Duration = Duration::from_secs(1);
 
 /// How often leases are looked at for running out; well within the margin they leave.
 const FENCE_TICK: Duration = Duration::from_millis(200);
@@ -54,6 +55,8 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 pub struct Ctx {
     /// The pool.
     pub db: Db,
+    /// Settles attempts, many at once.
+    pub settler: Settler,
     /// A connection of its own for renewals, which load on the pool can't starve.
     pub lease_db: Db,
     /// The worker's settings.
@@ -68,6 +71,8 @@ pub struct Ctx {
     pub callback_url: Arc<str>,
     /// Somebody enqueued, or capacity became free.
     pub wake: Arc<Notify>,
+    /// Somebody enqueued what is claimed over HTTP.
+    pub wake_pull: Arc<Notify>,
     /// Somebody defined a schedule.
     pub wake_scheduler: Arc<Notify>,
     /// The leases this process holds.
@@ -109,7 +114,7 @@ pub async fn dispatch(ctx: Ctx) {
     while !ctx.draining.is_cancelled() {
         let rest = match dispatcher.pass().await {
             Ok(report) if report.next == Next::Again => continue,
-            Ok(_) => jittered(DISPATCH),
+            Ok(_) => jittered(UNWOKEN),
             Err(error) => {
                 tracing::warn!(%error, "can't claim runs; trying again");
                 jittered(POLL)
@@ -148,14 +153,14 @@ pub async fn renew(ctx: Ctx, stop: CancellationToken) {
     }
 }
 
-/// Hears of requests to cancel runs until `stop`.
+/// Hears of requests to cancel runs, and of what others enqueue, until `stop`.
 pub async fn listen(ctx: Ctx, servers: Servers, stop: CancellationToken) {
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            heard = listener::listen(&servers, &ctx.held) => {
+            heard = listener::listen(&ctx, &servers) => {
                 if let Err(error) = heard {
-                    tracing::warn!(%error, "can't hear of requests to cancel; they take until the next heartbeat");
+                    tracing::warn!(%error, "can't hear of requests to cancel and of what others enqueue; they are found by looking, later");
                 }
             }
         }

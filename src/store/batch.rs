@@ -4,15 +4,13 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sqlx::PgConnection;
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::control::{Cancelled, cancel_all};
-use super::enqueue::{Enqueued, Request, enqueue, read};
-use super::settle::{Settled, settle};
-use super::{Db, Error, LOCK_TIMEOUT};
-use crate::domain::{Lease, Outcome, WorkflowId};
+use super::enqueue::{Depth, Enqueued, Request, enqueue_within, read};
+use super::{Db, Error, LOCK_TIMEOUT, set_lock_timeout};
+use crate::domain::WorkflowId;
 
 /// How often an enqueue whose outcome is unknown is repeated.
 const REPEATS: usize = 3;
@@ -24,10 +22,26 @@ const CANCELS: usize = 50;
 const LONGEST_CANCEL: Duration = Duration::from_secs(20);
 /// How long many together wait for a lock that somebody else has: one workflow must not hold up the others.
 const SHORT: &str = "100ms";
+/// The same in the parts of what had to wait before: somebody is known to be there.
+const SHORTER: &str = "10ms";
 
 /// What became of each request, in their order. An error is that of the statement it was in: where its outcome is unknown, the
 /// run may be there all the same.
 pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, Arc<Error>>> {
+    let requests: Vec<&Request> = requests.iter().collect();
+    let patience = if requests.len() > 1 { SHORT } else { LOCK_TIMEOUT };
+    let answers = enqueue_to(db, &requests, patience, Depth::Closely).await;
+    answers.into_iter().map(|answer| answer.map(|decided| decided.unwrap_or(Enqueued::Contended))).collect()
+}
+
+/// As [`enqueue_all`], as closely as is asked for, and waiting no longer than `patience` for each lock; `None` for what takes a closer
+/// look, for which nothing was done.
+pub(super) async fn enqueue_to(
+    db: &Db,
+    requests: &[&Request],
+    patience: &str,
+    depth: Depth,
+) -> Vec<Result<Option<Enqueued>, Arc<Error>>> {
     let mut answers = Answers { requests, given: requests.iter().map(|_| None).collect() };
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&index| (&requests[index].workflow_id, index));
@@ -35,18 +49,21 @@ pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, 
     let mut pieces: Vec<(Vec<usize>, bool)> = order.chunks(PIECE).rev().map(|piece| (piece.to_vec(), false)).collect();
     let mut blocked: HashSet<&WorkflowId> = HashSet::new();
     let mut gone: Option<Arc<Error>> = None;
-    let short = (requests.len() > 1).then_some(SHORT);
+    let look = Look { patience, depth };
     while let Some((piece, repeated)) = pieces.pop() {
         let first = &requests[piece[0]].workflow_id;
         if let Some(error) = &gone {
             answers.fail(&piece, repeated, error);
             continue;
         }
-        let together: Vec<&Request> = piece.iter().map(|&index| &requests[index]).collect();
+        let together: Vec<&Request> = piece.iter().map(|&index| requests[index]).collect();
         let busy = blocked.contains(first) && requests[piece[piece.len() - 1]].workflow_id == *first;
         let sent = match busy {
             true => Err(Error::Busy(sqlx::Error::Protocol("the slot is locked".into()))),
-            false => surely(db, &together, short, repeated).await,
+            false if repeated && piece.len() > 1 => {
+                surely(db, &together, Look { patience: SHORTER, ..look }, true).await
+            }
+            false => surely(db, &together, look, repeated).await,
         };
         match sent {
             Ok(found) => answers.give(&piece, found),
@@ -72,17 +89,17 @@ pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, 
             }
         }
     }
-    answers.given.into_iter().map(|answer| answer.unwrap_or(Ok(Enqueued::Contended))).collect()
+    answers.given.into_iter().map(|answer| answer.unwrap_or(Ok(Some(Enqueued::Contended)))).collect()
 }
 
 /// Answers to requests, as they come.
 struct Answers<'a> {
-    requests: &'a [Request],
-    given: Vec<Option<Result<Enqueued, Arc<Error>>>>,
+    requests: &'a [&'a Request],
+    given: Vec<Option<Result<Option<Enqueued>, Arc<Error>>>>,
 }
 
 impl Answers<'_> {
-    fn give(&mut self, piece: &[usize], found: Vec<Enqueued>) {
+    fn give(&mut self, piece: &[usize], found: Vec<Option<Enqueued>>) {
         piece.iter().zip(found).for_each(|(&index, found)| self.given[index] = Some(Ok(found)));
     }
 
@@ -109,13 +126,13 @@ impl Answers<'_> {
         let there = there.unwrap_or_default();
         for (&index, id) in piece.iter().zip(&ids) {
             let run = there.get(id).cloned();
-            self.given[index] = Some(run.map(Enqueued::Accepted).ok_or_else(|| error.clone()));
+            self.given[index] = Some(run.map(|run| Some(Enqueued::Accepted(run))).ok_or_else(|| error.clone()));
         }
     }
 }
 
 /// A piece in two, with what is for one workflow in one of them; `None` where all of it is.
-fn halves(requests: &[Request], piece: &[usize]) -> Option<(Vec<usize>, Vec<usize>)> {
+fn halves(requests: &[&Request], piece: &[usize]) -> Option<(Vec<usize>, Vec<usize>)> {
     let middle = &requests[piece[piece.len() / 2]].workflow_id;
     let starts = |workflow: &WorkflowId| piece.partition_point(|&index| requests[index].workflow_id < *workflow);
     let at = match starts(middle) {
@@ -125,23 +142,32 @@ fn halves(requests: &[Request], piece: &[usize]) -> Option<(Vec<usize>, Vec<usiz
     (at < piece.len()).then(|| (piece[..at].to_vec(), piece[at..].to_vec()))
 }
 
+/// How requests are looked at.
+#[derive(Clone, Copy)]
+struct Look<'a> {
+    patience: &'a str,
+    depth: Depth,
+}
+
 /// When a statement's outcome is unknown, the same insert is repeated on another connection: it finds the run under its
 /// id, or waits on the primary key for the lost statement, or takes the slot. Looking for the id alone would prove
 /// nothing, for the lost statement may still commit.
 async fn surely(
     db: &Db,
     requests: &[&Request],
-    lock_timeout: Option<&str>,
+    Look { patience, depth }: Look<'_>,
     repeated: bool,
-) -> Result<Vec<Enqueued>, Error> {
-    let mut answer = db.with(async |connection| within(connection, requests, repeated, lock_timeout).await).await;
+) -> Result<Vec<Option<Enqueued>>, Error> {
+    let send = async |repeated| {
+        db.with(async |connection| enqueue_within(connection, requests, repeated, patience, depth).await).await
+    };
+    let mut answer = send(repeated).await;
     for _ in 0..REPEATS {
         match answer {
             // Nothing changes what is unknown already, so a failure to connect leaves it unknown.
             Err(lost) if lost.outcome_unknown() => {
                 sleep(Duration::from_millis(200)).await;
-                let repeat = db.with(async |connection| within(connection, requests, true, lock_timeout).await);
-                answer = match repeat.await {
+                answer = match send(true).await {
                     Err(error) if error.is_passing() => Err(lost),
                     repeated => repeated,
                 };
@@ -150,54 +176,6 @@ async fn surely(
         }
     }
     answer
-}
-
-/// Enqueues, waiting no longer than `lock_timeout` for each lock, where one is given.
-async fn within(
-    connection: &mut PgConnection,
-    requests: &[&Request],
-    repeated: bool,
-    lock_timeout: Option<&str>,
-) -> sqlx::Result<Vec<Enqueued>> {
-    let Some(short) = lock_timeout else { return enqueue(connection, requests, repeated).await };
-    set_lock_timeout(connection, short).await?;
-    let answers = enqueue(connection, requests, repeated).await;
-    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
-    answers
-}
-
-/// Settles attempts, as [`settle`] does. Where somebody has one of their runs locked, perhaps by an `enqueue_run` that is about to wait
-/// for it, the others are settled all the same, and that one is `None`: nothing was changed, and it is to be tried again.
-///
-/// # Errors
-/// Where nothing is settled.
-pub async fn settle_all(db: &Db, outcomes: &[(Lease, Outcome)]) -> Result<Vec<Option<Settled>>, Error> {
-    let busy = match db.with(async |connection| settle(connection, outcomes, None).await).await {
-        Err(Error::Busy(busy)) if outcomes.len() > 1 => busy,
-        settled => return Ok(settled?.into_iter().map(Some).collect()),
-    };
-    let mut answers = Vec::with_capacity(outcomes.len());
-    for outcome in outcomes {
-        let one = std::slice::from_ref(outcome);
-        let alone = db.with(async |connection| {
-            set_lock_timeout(connection, SHORT).await?;
-            let settled = settle(connection, one, None).await;
-            set_lock_timeout(connection, LOCK_TIMEOUT).await?;
-            settled
-        });
-        match alone.await {
-            Ok(settled) => answers.extend(settled.into_iter().map(Some)),
-            Err(Error::Busy(_)) => answers.push(None),
-            Err(error) if answers.iter().all(Option::is_none) => return Err(error),
-            // What is settled is answered; the rest may be sent again, settled or not.
-            Err(error) => {
-                tracing::warn!(%error, "can't settle the rest");
-                break;
-            }
-        }
-    }
-    answers.resize(outcomes.len(), None);
-    if answers.iter().all(Option::is_none) { Err(Error::Busy(busy)) } else { Ok(answers) }
 }
 
 /// Cancels runs in the name of `actor`. Where somebody has one of them locked, the others are cancelled all the same; `None` is for
@@ -230,9 +208,4 @@ pub async fn cancel_apart(db: &Db, run_ids: &[Uuid], actor: &str) -> Result<Vec<
     }
     answers.resize(run_ids.len(), None);
     Ok(answers)
-}
-
-async fn set_lock_timeout(connection: &mut PgConnection, timeout: &str) -> sqlx::Result<()> {
-    sqlx::query!("select set_config('lock_timeout', $1, false)", timeout).fetch_one(connection).await?;
-    Ok(())
 }

@@ -1,12 +1,13 @@
 //! Claiming due runs, renewing what was claimed, and giving it back.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
+use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use crate::domain::{Lease, Run};
+use crate::domain::{Lease, Run, Status};
 
 /// What a worker asks for when it claims.
 #[derive(Clone, Debug)]
@@ -73,14 +74,46 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
     )
     .fetch_all(connection)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| Claimed {
-            lease: Lease { run_id: row.run.id, fence: row.run.fence, secret: Some(row.lease_secret) },
-            run: row.run.0,
-            executor: row.executor,
-        })
-        .collect())
+    // Columns and not a row as JSON, which would be a fifth of what a claim costs.
+    let claimed = rows.into_iter().map(|row| Claimed {
+        lease: Lease { run_id: row.id, fence: row.fence, secret: Some(row.lease_secret) },
+        executor: row.executor,
+        run: Run {
+            id: row.id,
+            workflow_id: row.workflow_id,
+            definition: row.definition,
+            revision: row.revision,
+            status: Status::Running,
+            reason: None,
+            executor_type: row.executor_type,
+            queue: row.queue,
+            priority: row.priority,
+            labels: row.labels.0,
+            input: row.input.map(|Json(input)| input),
+            on_conflict: row.on_conflict,
+            attempt: row.attempt,
+            max_attempts: row.max_attempts,
+            fence: row.fence,
+            worker: row.worker,
+            created_at: row.created_at,
+            run_at: row.run_at,
+            available_at: row.available_at,
+            started_at: row.started_at,
+            finished_at: None,
+            timeout_seconds: row.timeout_seconds,
+            heartbeat_timeout_seconds: row.heartbeat_timeout_seconds,
+            blocked_by: None,
+            tick_at: row.tick_at,
+            cancel_requested_at: None,
+            exit_code: None,
+            output: None,
+            error: None,
+            rerun_of: row.rerun_of,
+            requested_by: row.requested_by,
+            traceparent: row.traceparent,
+        },
+    });
+    Ok(claimed.collect())
 }
 
 /// What `worker` took by an earlier claim under `claim_id` and has not settled since; `None` when that claim took nothing,

@@ -7,12 +7,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
+use serde_json::value::RawValue;
 use sqlx::PgConnection;
 use sqlx::types::Json;
 use uuid::Uuid;
 
-use super::{pauses, runs};
-use crate::domain::{Holder, OnConflict, Pause, Run, WorkflowId};
+use super::{LOCK_TIMEOUT, pauses, runs, set_lock_timeout};
+use crate::domain::{Holder, OnConflict, Pause, Run, Status, WorkflowId};
 
 /// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
 const LOOKS: usize = 8;
@@ -70,6 +71,11 @@ pub struct Key {
 }
 
 impl Request {
+    /// Whether one statement over many can decide it, where the slot is free or `on_conflict` leaves it at that.
+    pub(super) fn is_plain(&self) -> bool {
+        self.key.is_none() && self.when == When::Now
+    }
+
     /// A request for a run without input, now, under a new id; everything else is as the workflow says.
     pub fn new(workflow_id: WorkflowId, requested_by: impl Into<String>) -> Self {
         Self {
@@ -127,22 +133,42 @@ pub async fn enqueue(
     requests: &[&Request],
     repeated: bool,
 ) -> sqlx::Result<Vec<Enqueued>> {
+    let answers = enqueue_within(connection, requests, repeated, LOCK_TIMEOUT, Depth::Closely).await?;
+    Ok(answers.into_iter().map(|answer| answer.unwrap_or(Enqueued::Contended)).collect())
+}
+
+/// How closely requests are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Depth {
+    /// By the one statement over all of them: what takes more has no answer, and nothing was done for it.
+    AtOnce,
+    /// As closely as it takes.
+    Closely,
+}
+
+/// As [`enqueue`], waiting no longer than `patience` for each lock.
+pub(super) async fn enqueue_within(
+    connection: &mut PgConnection,
+    requests: &[&Request],
+    repeated: bool,
+    patience: &str,
+    depth: Depth,
+) -> sqlx::Result<Vec<Option<Enqueued>>> {
     let mut answers: Vec<Option<Enqueued>> = vec![None; requests.len()];
     // What comes after one that takes a closer look, and is for the same workflow, must not be decided before it.
     let mut slow: HashSet<&WorkflowId> = HashSet::new();
     let (mut open, mut closely): (Vec<usize>, Vec<usize>) = (0..requests.len()).partition(|&index| {
-        let Request { workflow_id, key, when, .. } = requests[index];
-        if key.is_some() || *when != When::Now {
-            slow.insert(workflow_id);
+        if !requests[index].is_plain() {
+            slow.insert(&requests[index].workflow_id);
         }
-        !slow.contains(workflow_id)
+        !slow.contains(&requests[index].workflow_id)
     });
     for look in 0..LOOKS {
         if open.is_empty() {
             break;
         }
         let batch: Vec<&Request> = open.iter().map(|&index| requests[index]).collect();
-        let found = attempt(connection, &batch, repeated || look > 0).await?;
+        let found = attempt(connection, &batch, repeated || look > 0, patience).await?;
         let mut undecided = Vec::new();
         for (index, found) in open.into_iter().zip(found) {
             let workflow_id = &requests[index].workflow_id;
@@ -160,8 +186,15 @@ pub async fn enqueue(
         }
         open = undecided;
     }
+    for index in open {
+        answers[index] = Some(Enqueued::Contended);
+    }
+    if closely.is_empty() || depth == Depth::AtOnce {
+        return Ok(answers);
+    }
     // Those of one workflow stay in their order, and two batches lock in the same one.
     closely.sort_by_key(|&index| (&requests[index].workflow_id, index));
+    set_lock_timeout(connection, patience).await?;
     for _ in 0..LOOKS {
         if closely.is_empty() {
             break;
@@ -180,7 +213,8 @@ pub async fn enqueue(
         }
         closely = undecided;
     }
-    Ok(answers.into_iter().map(|answer| answer.unwrap_or(Enqueued::Contended)).collect())
+    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
+    Ok(answers)
 }
 
 /// What the one statement over all requests found for one of them.
@@ -193,9 +227,76 @@ enum Found {
     Undecided,
 }
 
-async fn attempt(connection: &mut PgConnection, requests: &[&Request], repeated: bool) -> sqlx::Result<Vec<Found>> {
+/// What the statement says: a run that it inserted, or what is in the way of one.
+struct Row {
+    id: Uuid,
+    inserted: bool,
+    definition: Option<String>,
+    revision: Option<i32>,
+    executor_type: Option<String>,
+    queue: Option<String>,
+    priority: Option<i16>,
+    labels: Option<Json<BTreeMap<String, String>>>,
+    input: Option<Json<Box<RawValue>>>,
+    policy: Option<OnConflict>,
+    max_attempts: Option<i32>,
+    created_at: Option<DateTime<Utc>>,
+    timeout_seconds: Option<i32>,
+    heartbeat_timeout_seconds: Option<i32>,
+    paused: bool,
+    holder: Option<Json<Holder>>,
+    sent_before: Option<Json<Run>>,
+}
+
+impl Row {
+    /// The run that was inserted for `request`. Only what the request does not say comes back: that is a third of what a whole row costs.
+    fn run(self, request: &Request) -> Run {
+        Run {
+            id: self.id,
+            workflow_id: request.workflow_id.to_string(),
+            definition: self.definition.unwrap_or_default(),
+            revision: self.revision.unwrap_or_default(),
+            status: Status::Queued,
+            reason: None,
+            executor_type: self.executor_type.unwrap_or_default(),
+            queue: self.queue.unwrap_or_default(),
+            priority: self.priority.unwrap_or_default(),
+            labels: self.labels.map(|Json(labels)| labels).unwrap_or_default(),
+            input: self.input.map(|Json(input)| input),
+            on_conflict: self.policy.map(|policy| policy.as_str().to_owned()).unwrap_or_default(),
+            attempt: 0,
+            max_attempts: self.max_attempts.unwrap_or_default(),
+            fence: 0,
+            worker: None,
+            created_at: self.created_at.unwrap_or_default(),
+            run_at: None,
+            available_at: self.created_at,
+            started_at: None,
+            finished_at: None,
+            timeout_seconds: self.timeout_seconds,
+            heartbeat_timeout_seconds: self.heartbeat_timeout_seconds,
+            blocked_by: None,
+            tick_at: None,
+            cancel_requested_at: None,
+            exit_code: None,
+            output: None,
+            error: None,
+            rerun_of: request.rerun_of,
+            requested_by: request.requested_by.clone(),
+            traceparent: None,
+        }
+    }
+}
+
+async fn attempt(
+    connection: &mut PgConnection,
+    requests: &[&Request],
+    repeated: bool,
+    patience: &str,
+) -> sqlx::Result<Vec<Found>> {
     let columns = Columns::of(requests);
-    let rows = sqlx::query_file!(
+    let rows = sqlx::query_file_as!(
+        Row,
         "src/store/sql/enqueue.sql",
         &columns.ids,
         &columns.workflow_ids,
@@ -207,31 +308,42 @@ async fn attempt(connection: &mut PgConnection, requests: &[&Request], repeated:
         &columns.max_attempts as &[Option<i32>],
         &columns.rerun_of as &[Option<Uuid>],
         &columns.on_conflict as &[Option<String>],
+        patience,
     )
     .fetch_all(&mut *connection)
     .await?;
     let joined = |policy, holder: &Option<Json<Holder>>| {
         holder.as_ref().filter(|_| policy == OnConflict::ReturnExisting).map(|Json(holder)| holder.run_id)
     };
-    let existing: Vec<Uuid> = rows.iter().filter_map(|row| joined(row.policy, &row.holder)).collect();
+    let existing: Vec<Uuid> = rows.iter().filter_map(|row| joined(row.policy?, &row.holder)).collect();
     let existing = read(connection, &existing).await.map_err(after_a_commit)?;
-    Ok(rows
-        .into_iter()
-        .map(|row| match (row.run, row.holder) {
-            (Some(Json(run)), _) => Found::Decided(Enqueued::Accepted(run)),
-            _ if !row.known => Found::Decided(Enqueued::UnknownWorkflow),
-            _ if row.paused => Found::Closely,
-            (None, None) => Found::Undecided,
-            (None, Some(Json(holder))) => match row.policy {
-                OnConflict::Reject => Found::Decided(Enqueued::SlotTaken(holder)),
-                OnConflict::ReturnExisting => match existing.get(&holder.run_id) {
-                    Some(run) => Found::Decided(Enqueued::Existing(run.clone())),
-                    None => Found::Undecided,
-                },
-                OnConflict::Wait | OnConflict::Replace => Found::Closely,
+    let by_id: HashMap<Uuid, &Request> = requests.iter().map(|request| (request.id, *request)).collect();
+    let mut found: HashMap<Uuid, Found> = HashMap::with_capacity(requests.len());
+    for row in rows {
+        let id = row.id;
+        if let Some(Json(run)) = row.sent_before {
+            found.insert(id, Found::Decided(Enqueued::Accepted(run)));
+            continue;
+        }
+        let decided = match (row.policy, &row.holder) {
+            _ if row.inserted => match by_id.get(&id) {
+                Some(request) => Found::Decided(Enqueued::Accepted(row.run(request))),
+                None => continue,
             },
-        })
-        .collect())
+            _ if row.revision.is_none() => Found::Decided(Enqueued::UnknownWorkflow),
+            _ if row.paused => Found::Closely,
+            (Some(OnConflict::Reject), Some(Json(holder))) => Found::Decided(Enqueued::SlotTaken(holder.clone())),
+            (Some(OnConflict::ReturnExisting), Some(Json(holder))) => match existing.get(&holder.run_id) {
+                Some(run) => Found::Decided(Enqueued::Existing(run.clone())),
+                None => Found::Undecided,
+            },
+            (Some(OnConflict::Wait | OnConflict::Replace), Some(_)) => Found::Closely,
+            _ => Found::Undecided,
+        };
+        found.insert(id, decided);
+    }
+    // The slot of what was neither inserted nor explained was taken while the statement ran.
+    Ok(requests.iter().map(|request| found.remove(&request.id).unwrap_or(Found::Undecided)).collect())
 }
 
 /// One by one, each with the holder locked where that is needed; `None` where what it was refused for is over by now.

@@ -12,7 +12,9 @@ pub mod demo;
 pub mod doctor;
 pub mod due;
 pub mod enqueue;
+pub mod enqueuer;
 pub mod figures;
+mod gather;
 pub mod logs;
 pub mod lookout;
 pub mod migrate;
@@ -26,6 +28,7 @@ pub mod runs;
 pub mod schedules;
 mod servers;
 pub mod settle;
+pub mod settler;
 pub mod workers;
 pub mod workflows;
 
@@ -35,6 +38,7 @@ use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, Recyc
 use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use uuid::Uuid;
 
 use self::servers::Reached;
 pub use self::servers::{Refusal, Servers, Unreachable};
@@ -68,7 +72,16 @@ const SESSION: &str = "
            -- an answer is given after the commit: it must survive a crash of the server
            set_config('synchronous_commit',
                case current_setting('synchronous_commit') when 'off' then 'on' else current_setting('synchronous_commit') end,
-               false)";
+               false),
+           -- A statement is planned once per connection, perhaps while there is next to nothing in the tables, and its plan is kept
+           -- while they grow by thousands of rows per second: without an index that would be a scan of all of them, each time.
+           set_config('enable_seqscan', 'off', false),
+           set_config('jit', 'off', false),
+           -- whose enqueue it was, for those who hear of it
+           set_config('singletrack.replica', $2, false)";
+
+/// Silence after which a connection is tried before it is used again; before that the other end is taken to be there.
+const QUIET: Duration = Duration::from_secs(1);
 
 /// Why the database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +92,9 @@ pub enum Error {
     /// None came free in time: nothing was done.
     #[error("no connection to the database came free within {ACQUIRE:?}")]
     Crowded,
+    /// Too many wait for the database already: nothing was done.
+    #[error("too many requests wait for the database")]
+    Full,
     /// Somebody else holds a lock for too long, or the server has no room: nothing was done.
     #[error("the database is busy: {0}")]
     Busy(#[source] sqlx::Error),
@@ -141,6 +157,7 @@ impl Error {
 pub struct Db {
     pool: Pool<Connections>,
     limit: Duration,
+    replica: Uuid,
 }
 
 impl Db {
@@ -149,8 +166,15 @@ impl Db {
     pub fn new(servers: impl Into<Servers>, connections: u32, limit: Duration) -> Self {
         let size = usize::try_from(connections).unwrap_or(usize::MAX);
         // The last one used first, so that those which are not needed can be seen to be idle.
-        let pool = Pool::builder(Connections(servers.into())).max_size(size).queue_mode(QueueMode::Lifo).build();
-        Self { pool: pool.unwrap_or_else(|_| unreachable!("only timeouts of its own need a runtime")), limit }
+        let replica = Uuid::new_v4();
+        let connections = Connections { servers: servers.into(), replica };
+        let pool = Pool::builder(connections).max_size(size).queue_mode(QueueMode::Lifo).build();
+        Self { pool: pool.unwrap_or_else(|_| unreachable!("only timeouts of its own need a runtime")), limit, replica }
+    }
+
+    /// What others hear of an enqueue over this pool bears this name.
+    pub fn replica(&self) -> Uuid {
+        self.replica
     }
 
     /// Runs `work` on a connection of the pool, within the limit for statements: `db.with(async |connection|
@@ -212,17 +236,30 @@ impl Db {
     }
 }
 
+/// How long a statement of this connection waits for a lock, from now on.
+async fn set_lock_timeout(connection: &mut PgConnection, timeout: &str) -> sqlx::Result<()> {
+    sqlx::query!("select set_config('lock_timeout', $1, false)", timeout).fetch_one(connection).await?;
+    Ok(())
+}
+
 /// Makes the connections of a pool, and looks at each before it is used again.
 #[derive(Debug)]
-struct Connections(Servers);
+struct Connections {
+    servers: Servers,
+    replica: Uuid,
+}
 
 impl Connections {
     async fn open(&self) -> Result<Reached, Unreachable> {
-        let mut reached = self.0.reach().await?;
-        let set = sqlx::query(SESSION).bind(LOCK_TIMEOUT).execute(&mut reached.connection).await;
+        let mut reached = self.servers.reach().await?;
+        let set = sqlx::query(SESSION)
+            .bind(LOCK_TIMEOUT)
+            .bind(self.replica.to_string())
+            .execute(&mut reached.connection)
+            .await;
         match set {
             Ok(_) => Ok(reached),
-            Err(error) => Err(self.0.refused(&reached, error)),
+            Err(error) => Err(self.servers.refused(&reached, error)),
         }
     }
 }
@@ -245,8 +282,11 @@ impl managed::Manager for Connections {
 
     async fn recycle(&self, reached: &mut Reached, metrics: &Metrics) -> RecycleResult<Unreachable> {
         let given_up = || RecycleError::message("not to be used any more");
-        if reached.term != self.0.term() || metrics.age() > LIFETIME {
+        if reached.term != self.servers.term() || metrics.age() > LIFETIME {
             return Err(given_up());
+        }
+        if metrics.last_used() < QUIET {
+            return Ok(());
         }
         match timeout(PING, reached.connection.ping()).await {
             Ok(Ok(())) => Ok(()),
@@ -274,7 +314,7 @@ impl Guarded {
         if let Some(held) = &self.0
             && let Some(pool) = Object::pool(held)
         {
-            pool.manager().0.doubt(held.term);
+            pool.manager().servers.doubt(held.term);
         }
     }
 }

@@ -15,9 +15,12 @@ pub enum Settled {
     Already(Status),
     /// The lease is gone; nothing was changed. The run is this now, unless it does not exist.
     Lost(Option<Status>),
+    /// Somebody has the run locked, perhaps an `enqueue_run` that is about to wait for it: nothing was changed, and it is to be tried
+    /// again.
+    Busy,
 }
 
-/// Settles attempts. The answers stand in the order of `outcomes`.
+/// Settles attempts. The answers stand in the order of `outcomes`. It waits for nobody's lock.
 ///
 /// What an end comes to is decided here, in the update itself, because a request to cancel may arrive until then; the
 /// table is [`crate::domain::status::transition`]. Where another attempt is to follow, the run goes back to `queued` and
@@ -30,9 +33,9 @@ pub async fn settle<'a>(
 ) -> sqlx::Result<Vec<Settled>> {
     let actor = actor.into();
     let mut answers = attempt(connection, outcomes, actor).await?;
-    // What waited for somebody else's change of its run, perhaps for its own first record, was answered from before that
-    // change. A new statement sees it.
-    let unsure = |index: &usize| answers[*index] == Settled::Lost(Some(Status::Running));
+    // A run that was changed while the statement began, perhaps by its own first record, is seen as it is now, and what is said of its
+    // attempts as it was then. A new statement sees both.
+    let unsure = |index: &usize| matches!(answers[*index], Settled::Lost(Some(_)));
     let unsure: Vec<usize> = (0..outcomes.len()).filter(unsure).collect();
     if !unsure.is_empty() {
         let again: Vec<_> = unsure.iter().map(|&index| outcomes[index].clone()).collect();
@@ -62,7 +65,7 @@ async fn attempt(
     let errors: Vec<Option<String>> = outcomes.iter().map(|(_, outcome)| outcome.error.clone()).collect();
     let waits: Vec<Option<f64>> =
         outcomes.iter().map(|(_, outcome)| outcome.retry_after.map(|wait| wait.as_secs_f64())).collect();
-    let rows = sqlx::query_file!(
+    let mut rows = sqlx::query_file!(
         "src/store/sql/settle.sql",
         &run_ids,
         &fences,
@@ -77,14 +80,19 @@ async fn attempt(
     )
     .fetch_all(connection)
     .await?;
-    Ok(rows
-        .into_iter()
-        .map(|row| match (row.recorded, row.already, row.current) {
-            (Some(status), _, _) => Settled::Recorded(status),
-            (None, true, Some(status)) => Settled::Already(status),
-            (None, _, current) => Settled::Lost(current),
-        })
-        .collect())
+    let mut answers = vec![Settled::Lost(None); outcomes.len()];
+    // As they were found, and over that what was settled.
+    rows.sort_by_key(|row| row.recorded);
+    for row in rows {
+        let place = usize::try_from(row.position).unwrap_or_default().saturating_sub(1);
+        answers[place] = match (row.recorded, row.already, row.status) {
+            (true, _, Some(status)) => Settled::Recorded(status),
+            (_, true, Some(status)) => Settled::Already(status),
+            (.., None) => Settled::Busy,
+            (.., status) => Settled::Lost(status),
+        };
+    }
+    Ok(answers)
 }
 
 /// The control of the fault suite: every end is taken as if it were said under the lease of the moment.

@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::support::calls::{
-    attempts, cancel, claim_in, claim_some, events, outcome, renew, row, settle_one, until_blocked,
+    attempts, cancel, claim_in, claim_some, events, outcome, renew, row, settle_once, settle_one, until_blocked,
 };
 use crate::support::database::TestDb;
 use crate::support::plant;
@@ -162,7 +162,7 @@ async fn a_cancel_that_waited_for_the_end_finds_what_that_came_to() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_end_that_waited_for_a_request_to_cancel_is_not_followed_by_another_attempt() {
+async fn an_end_that_meets_a_request_to_cancel_comes_after_it_and_is_not_followed_by_another_attempt() {
     let test = TestDb::new().await;
     for (verdict, commit, expected) in [
         (Verdict::Failed, true, Status::Cancelled),
@@ -175,15 +175,14 @@ async fn an_end_that_waited_for_a_request_to_cancel_is_not_followed_by_another_a
         plant::allow(&test.sql, lease.run_id, 2).await;
         let mut open = test.sql.begin().await.unwrap();
         assert_eq!(cancel_in(&mut open, lease.run_id, "test").await.unwrap(), Cancelled::Requested);
-        let db = test.db.clone();
-        let settling = tokio::spawn(async move { settle_one(&db, lease, verdict).await });
-        until_blocked(&test, 1).await;
+        assert_eq!(settle_once(&test.db, lease, verdict).await, Settled::Busy, "nobody knows yet what it comes to");
         if commit {
             open.commit().await.unwrap()
         } else {
             open.rollback().await.unwrap()
         }
-        assert_eq!(settling.await.unwrap(), Settled::Recorded(expected), "{verdict:?}, {commit}");
+        let settled = settle_once(&test.db, lease, verdict).await;
+        assert_eq!(settled, Settled::Recorded(expected), "{verdict:?}, {commit}");
         let [attempt] = &attempts(&test.sql, lease.run_id).await[..] else { panic!("not one attempt") };
         let ended = if expected == Status::Queued { verdict.status() } else { expected };
         assert_eq!((&attempt["status"], &attempt["verdict"]), (&json!(ended), &json!(verdict.status())));
@@ -254,14 +253,12 @@ async fn a_worker_that_is_lost_while_its_run_is_cancelled_leaves_a_cancelled_run
     cancelling.commit().await.unwrap();
     assert!(seal_all().await.contains(&by_reaper(open)));
 
-    // Asked for between the two steps of the reaper: it waits, and heeds it.
+    // Asked for between the two steps of the reaper: it comes again, and heeds it.
     let mut cancelling = test.sql.begin().await.unwrap();
     cancel_in(&mut cancelling, sealed.run_id, "test").await.unwrap();
-    let db = test.db.clone();
-    let settling = tokio::spawn(async move { settle_one(&db, by_reaper(sealed), Verdict::Stale).await });
-    until_blocked(&test, 1).await;
+    assert_eq!(settle_once(&test.db, by_reaper(sealed), Verdict::Stale).await, Settled::Busy);
     cancelling.commit().await.unwrap();
-    assert_eq!(settling.await.unwrap(), Settled::Recorded(Status::Cancelled));
+    assert_eq!(settle_once(&test.db, by_reaper(sealed), Verdict::Stale).await, Settled::Recorded(Status::Cancelled));
     assert_eq!(settle_one(&test.db, by_reaper(open), Verdict::Stale).await, Settled::Recorded(Status::Cancelled));
 
     // The reaper was first: there is nothing to stop, and the next attempt does not come.

@@ -95,8 +95,9 @@ async fn ten_thousand_refusals_write_nothing_but_their_count() {
     assert!(answers.iter().all(|answer| *answer == (409, holder)));
     let refused = answers.len() as i64;
     assert!(answers.len() >= REFUSALS, "{refused}");
-    eventually("every look is counted", PATIENCE, async || {
-        (count(&test.sql, LOOKS).await >= looks + refused).then_some(())
+    // Those who ask together are answered by one look.
+    eventually("the looks are counted", PATIENCE, async || {
+        (count(&test.sql, LOOKS).await >= looks + refused / 32).then_some(())
     })
     .await;
     let after = traces(&test.sql).await;

@@ -10,6 +10,8 @@ use serde_json::{Value, json};
 use singletrack::api::{Api, Facts, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
+use singletrack::store::enqueuer::Enqueuer;
+use singletrack::store::settler::Settler;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -219,8 +221,12 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = listener.local_addr().unwrap();
     let facts = Facts::new(listen, None, Duration::from_secs(1), Terms::default(), Duration::from_secs(60));
+    let enqueuer = Enqueuer::new(test.db.clone());
+    tokio::spawn(enqueuer.clone().run());
     let api = Api {
         db: test.db.clone(),
+        enqueuer,
+        settler: Settler::new(test.db.clone()),
         wake: Arc::default(),
         wake_pull: Arc::default(),
         wake_scheduler: Arc::default(),

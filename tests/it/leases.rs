@@ -9,7 +9,9 @@ use singletrack::store::settle::{self, Settled};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::support::calls::{attempts, claim_one, events, outcome, release_one, renew, row, settle_one, until_blocked};
+use crate::support::calls::{
+    attempts, claim_one, events, outcome, release_one, renew, row, settle_once, settle_one, until_blocked,
+};
 use crate::support::database::TestDb;
 use crate::support::plant;
 
@@ -115,36 +117,33 @@ async fn that_it_is_recorded_is_told_to_the_lease_that_recorded_it_and_to_no_oth
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outcome_that_waited_for_its_own_lost_record_is_told_that_it_is_recorded() {
+async fn an_outcome_that_meets_its_own_lost_record_comes_after_it_and_is_told_that_it_is_recorded() {
     let test = TestDb::new().await;
     let lease = plant::run(&test, "w", Status::Running).await;
     let mut lost = test.sql.begin().await.unwrap();
     let first = settle::settle(&mut lost, &[(lease, outcome(Verdict::Succeeded))], "test").await.unwrap();
     assert_eq!(first, [Settled::Recorded(Status::Succeeded)]);
-    let db = test.db.clone();
-    let repeated = tokio::spawn(async move { settle_one(&db, lease, Verdict::Succeeded).await });
-    until_blocked(&test, 1).await;
+    assert_eq!(settle_once(&test.db, lease, Verdict::Succeeded).await, Settled::Busy);
     lost.commit().await.unwrap();
-    assert_eq!(repeated.await.unwrap(), Settled::Already(Status::Succeeded));
+    assert_eq!(settle_once(&test.db, lease, Verdict::Succeeded).await, Settled::Already(Status::Succeeded));
     test.check().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_outcome_that_waited_for_a_request_to_cancel_heeds_it() {
+async fn an_outcome_that_meets_a_request_to_cancel_comes_after_it_and_heeds_it() {
     let test = TestDb::new().await;
     let leases = [plant::run(&test, "a", Status::Running).await, plant::run(&test, "b", Status::Running).await];
     let mut open = test.sql.begin().await.unwrap();
     for lease in leases {
         sqlx::query("select cancel_run($1)").bind(lease.run_id).execute(&mut *open).await.unwrap();
     }
-    let db = test.db.clone();
-    let failed = tokio::spawn(async move { settle_one(&db, leases[0], Verdict::Failed).await });
-    let db = test.db.clone();
-    let succeeded = tokio::spawn(async move { settle_one(&db, leases[1], Verdict::Succeeded).await });
-    until_blocked(&test, 2).await;
+    for verdict in [Verdict::Failed, Verdict::Succeeded] {
+        assert_eq!(settle_once(&test.db, leases[0], verdict).await, Settled::Busy);
+    }
     open.commit().await.unwrap();
-    assert_eq!(failed.await.unwrap(), Settled::Recorded(Status::Cancelled));
-    assert_eq!(succeeded.await.unwrap(), Settled::Recorded(Status::Succeeded), "a success that is there stands");
+    assert_eq!(settle_once(&test.db, leases[0], Verdict::Failed).await, Settled::Recorded(Status::Cancelled));
+    let succeeded = settle_once(&test.db, leases[1], Verdict::Succeeded).await;
+    assert_eq!(succeeded, Settled::Recorded(Status::Succeeded), "a success that is there stands");
     test.check().await;
 }
 

@@ -19,7 +19,7 @@ use crate::support::scratch::Scratch;
 use crate::support::{eventually, plant};
 
 /// What stands in the answer to a claim that took something, and in no other a worker gets.
-const CLAIMED: &str = "\"status\": \"running\"";
+const CLAIMED: &str = "\"type\": \"command\"";
 const RUN: &str = "echo $SINGLETRACK_RUN_ID >> ran";
 
 async fn found(test: &TestDb, worker: &str, held: &[i64]) -> HashSet<Lease> {

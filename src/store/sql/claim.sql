@@ -1,6 +1,6 @@
 -- MATERIALIZED, or the planner may run the locking part once per row of the update and lock more than the limit.
 with due as materialized (
-    select id, priority, available_at
+    select ctid as tid, id, status, priority, available_at
     from test_runs
     where status = 'queued'
       and available_at <= now()
@@ -16,7 +16,7 @@ with due as materialized (
     for update skip locked
 ),
 numbered as (
-    select id, row_number() over (order by priority desc, available_at, id) as position
+    select tid, id, status, row_number() over (order by priority desc, available_at, id) as position
     from due
 ),
 claimed as (
@@ -43,7 +43,8 @@ claimed as (
         error = null,
         version = r.version + 1
     from numbered n
-    where r.id = n.id and r.status = 'queued'
+    -- By its place, for it is locked: the planner can't take another way. One that was changed meanwhile is left for the next claim.
+    where r.ctid = n.tid and r.id is not distinct from n.id and r.status = n.status
     returning r.*
 ),
 -- There the lease begins now all the same, or its silence would be noticed late. Not one that its worker has yet to
@@ -62,9 +63,14 @@ recorded as (
     select id, 'queued', 'running', attempt, fence, worker
     from claimed
 )
-select to_jsonb(c) as "run!: Json<Run>", c.lease_secret as "lease_secret!",
+select c.id as "id!", c.workflow_id as "workflow_id!", c.definition as "definition!", c.revision as "revision!",
+       c.executor_type as "executor_type!", c.queue as "queue!", c.priority as "priority!",
+       c.labels as "labels!: Json<BTreeMap<String, String>>", c.input as "input?: Json<Box<RawValue>>", c.on_conflict as "on_conflict!",
+       c.attempt as "attempt!", c.max_attempts as "max_attempts!", c.fence as "fence!", c.lease_secret as "lease_secret!", c.worker,
+       c.created_at as "created_at!", c.run_at, c.available_at, c.started_at, c.timeout_seconds, c.heartbeat_timeout_seconds,
+       c.tick_at, c.rerun_of, c.requested_by as "requested_by!", c.traceparent,
        -- Without its revision it can't be executed, and must be ended by whoever has claimed it.
        coalesce(v.executor, 'null') as "executor!"
 from claimed c
-left join workflow_revisions v on v.workflow_id = c.definition and v.revision = c.revision
+left join lateral (select executor from workflow_revisions where workflow_id = c.definition and revision = c.revision limit 1) v on true
 order by c.priority desc, c.available_at, c.id

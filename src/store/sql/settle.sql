@@ -1,50 +1,55 @@
 with given as materialized (
-    select *
-    from unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::jsonb[], $8::text[], $10::float8[])
-        with ordinality as g (run_id, fence, secret, status, reason, exit_code, output, error, retry_after, position)
+    select g.*
+    -- What a trigger may wait for, when a slot is handed on.
+    from (select set_config('lock_timeout', '100ms', true)) as patience,
+         unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::jsonb[], $8::text[], $10::float8[])
+             with ordinality as g (run_id, fence, secret, said, reason, exit_code, output, error, retry_after, position)
 ),
--- Locked in one order, so that two batches can't deadlock.
+-- Nobody's lock is waited for: one run that somebody keeps locked must not hold up the others. One by one by their key, whatever the
+-- planner thinks that there is in the table.
 held as materialized (
-    select g.*, r.attempt, r.max_attempts, r.definition, r.revision, r.worker, r.started_at,
-           r.cancel_requested_at is not null and g.status <> 'succeeded' as cancelled,
+    select g.*, r.tid, r.status, r.attempt, r.max_attempts, r.definition, r.revision, r.worker, r.started_at,
+           r.status = 'running' and r.fence = g.fence and (g.secret is null or r.lease_secret = g.secret) as is_held,
+           r.cancel_requested_at is not null and g.said <> 'succeeded' as cancelled,
            -- A pull worker learns of its time limit by its heartbeats, and may only say how the work ended.
-           r.executor_type = 'pull' and g.status in ('failed', 'cancelled')
+           r.executor_type = 'pull' and g.said in ('failed', 'cancelled')
                and r.started_at + make_interval(secs => r.timeout_seconds) < now() as too_late
     from given g
-    join test_runs r
-        on r.id = g.run_id and r.status = 'running' and r.fence = g.fence
-        and (g.secret is null or r.lease_secret = g.secret)
-    order by r.id
-    for update of r
+    left join lateral (select ctid as tid, * from test_runs where id = g.run_id limit 1 for update skip locked) r on true
 ),
 -- The one decision: what the attempt's end comes to. See domain/status.rs. Of two ends brought together the first counts.
 decided as materialized (
     select distinct on (h.run_id) h.*,
-           case when h.cancelled then 'cancelled' when h.too_late then 'timed_out' else h.status end as verdict,
+           case when h.cancelled then 'cancelled' when h.too_late then 'timed_out' else h.said end as verdict,
            case
                when h.cancelled then coalesce(h.reason, 'requested')
                when h.too_late then 'timeout'
-               when h.status = 'cancelled' then coalesce(h.reason, 'by_worker')
+               when h.said = 'cancelled' then coalesce(h.reason, 'by_worker')
                else h.reason
-           end as why,
-           v.retry_on, v.backoff
+           end as why
     from held h
-    left join workflow_revisions v on v.workflow_id = h.definition and v.revision = h.revision
+    where h.is_held
     order by h.run_id, h.position
 ),
 ended as materialized (
-    select d.*, d.attempt < d.max_attempts and coalesce(d.verdict = any(d.retry_on), false) as again,
+    select d.*, coalesce(d.verdict = any(v.retry_on), false) as again,
            least(
                -- the power as one that can't overflow, also for attempt 1000
                b.initial_seconds * exp(least((d.attempt - 1) * ln(b.factor), 500)) * (1 + b.jitter * (2 * random() - 1)),
                b.max_seconds) as wait
     from decided d
+    left join lateral (
+        select retry_on, backoff
+        from workflow_revisions
+        where workflow_id = d.definition and revision = d.revision and d.attempt < d.max_attempts
+        limit 1
+    ) v on true
     cross join lateral (
         -- Rounded: with the smallest numbers that a double can be, the product would underflow, which is an error.
-        select round((d.backoff->>'initial_seconds')::numeric, 6)::float8 as initial_seconds,
-               round((d.backoff->>'factor')::numeric, 6)::float8 as factor,
-               round((d.backoff->>'max_seconds')::numeric, 6)::float8 as max_seconds,
-               round((d.backoff->>'jitter')::numeric, 6)::float8 as jitter
+        select round((v.backoff->>'initial_seconds')::numeric, 6)::float8 as initial_seconds,
+               round((v.backoff->>'factor')::numeric, 6)::float8 as factor,
+               round((v.backoff->>'max_seconds')::numeric, 6)::float8 as max_seconds,
+               round((v.backoff->>'jitter')::numeric, 6)::float8 as jitter
     ) b
 ),
 settled as (
@@ -66,31 +71,33 @@ settled as (
         claim_position = case when not e.again then r.claim_position end,
         version = r.version + 1
     from ended e
-    where r.id = e.run_id and r.status = 'running' and r.fence = e.fence
-    returning r.id, r.status, r.reason, r.attempt, r.fence, e.worker, e.position
+    -- By its place, for it is locked; one that was changed before we had it is missed, and looked for again by a new statement.
+    where r.ctid = e.tid and r.id is not distinct from e.run_id and r.status = e.status and r.fence = e.fence
+    returning e.*, r.status as becomes, r.reason as because
 ),
 attempted as (
     insert into run_attempts (run_id, fence, attempt, status, reason, worker, started_at, finished_at, exit_code, error,
                               lease_secret, verdict)
-    select e.run_id, e.fence, e.attempt, e.verdict, e.why, e.worker, e.started_at, greatest(now(), e.started_at), e.exit_code,
-           e.error, e.secret, case when e.secret is not null then e.status end
-    from ended e
-    join settled s on s.id = e.run_id
+    select run_id, fence, attempt, verdict, why, worker, started_at, greatest(now(), started_at), exit_code, error, secret,
+           case when secret is not null then said end
+    from settled
     on conflict do nothing -- a slot must come free, whatever was done to its run by hand
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
-    select id, 'running', status, attempt, fence, coalesce($9, worker), reason
+    select run_id, 'running', becomes, attempt, fence, coalesce($9, worker), because
     from settled
 )
-select coalesce(s.status) as "recorded?: Status",
+-- What was settled, and how each was found. One without a status is locked, one that does not exist is not there.
+select position as "position!", true as "recorded!", becomes as "status?: Status", false as "already!"
+from settled
+union all
+select position, false, status,
        -- The same lease, and the same said by it: an answer was lost.
-       exists (
+       status is not null and not is_held and exists (
            select
            from run_attempts a
-           where a.run_id = g.run_id and a.fence = g.fence and a.lease_secret = g.secret and a.verdict = g.status
-       ) as "already!",
-       (select r.status from test_runs r where r.id = g.run_id) as "current?: Status"
-from given g
-left join settled s on s.position = g.position
-order by g.position
+           where a.run_id = h.run_id and a.fence = h.fence and a.lease_secret = h.secret and a.verdict = h.said
+       )
+from held h
+where status is not null or exists (select from test_runs r where r.id = h.run_id)

@@ -76,10 +76,20 @@ pub async fn settle_one(db: &Db, lease: Lease, verdict: Verdict) -> Settled {
     settle_as(db, lease, outcome(verdict)).await
 }
 
-/// Settles one attempt with everything it left behind.
+/// Settles one attempt once, as worker `test`, also where somebody has its run locked.
+pub async fn settle_once(db: &Db, lease: Lease, verdict: Verdict) -> Settled {
+    let outcomes = [(lease, outcome(verdict))];
+    db.with(async |connection| settle::settle(connection, &outcomes, "test").await).await.unwrap()[0]
+}
+
+/// Settles one attempt with everything it left behind, as soon as nobody has its run locked.
 pub async fn settle_as(db: &Db, lease: Lease, outcome: Outcome) -> Settled {
     let outcomes = [(lease, outcome)];
-    db.with(async |connection| settle::settle(connection, &outcomes, "test").await).await.unwrap()[0]
+    eventually("nobody has the run locked", LIMIT, async || {
+        let settled = db.with(async |connection| settle::settle(connection, &outcomes, "test").await).await.unwrap()[0];
+        (settled != Settled::Busy).then_some(settled)
+    })
+    .await
 }
 
 /// Cancels a run in the name of `test`.

@@ -75,6 +75,7 @@ impl Subject {
             Settled::Recorded(status) => Answer::Recorded(status),
             Settled::Already(status) => Answer::Already(status),
             Settled::Lost(_) => Answer::Lost,
+            Settled::Busy => unreachable!("it was tried until it was not"),
         }
     }
 

@@ -1,0 +1,173 @@
+//! Requests for runs, gathered from whoever has one: one statement takes all that came while the one before was under way.
+//!
+//! Gathered is what one statement can decide. What takes a closer look, and what is for a workflow that somebody keeps locked, goes its
+//! own way, so that it delays no other.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout};
+
+use super::batch::{enqueue_all, enqueue_to};
+use super::enqueue::{Depth, Enqueued, Request};
+use super::gather::{Asked, Gather};
+use super::{Db, Error};
+use crate::domain::{OnConflict, WorkflowId};
+
+/// Requests that may wait to be sent.
+const ROOM: usize = 10_000;
+/// Requests that are taken together.
+const PIECE: usize = 500;
+/// How long many together wait for a lock that somebody else has.
+const PATIENCE: &str = "50ms";
+/// How long requests for a workflow that was found locked go their own way.
+const BLOCKED: Duration = Duration::from_secs(30);
+/// Requests for locked workflows that wait on a connection at once, and how long others wait for their place.
+const WAIT_FOR_LOCKS: usize = 3;
+const PLACE: Duration = Duration::from_secs(2);
+
+type Answer = Result<Enqueued, Arc<Error>>;
+
+/// Enqueues runs.
+#[derive(Clone)]
+pub struct Enqueuer(Arc<Inner>);
+
+struct Inner {
+    db: Db,
+    /// The answer `None`: it takes a closer look, or waiting; nothing was done for it.
+    requests: Gather<Arc<Request>, Option<Answer>>,
+    /// Workflows that were found locked, and until when they are taken to be.
+    blocked: Mutex<HashMap<WorkflowId, Instant>>,
+    waiting: Semaphore,
+}
+
+impl Enqueuer {
+    /// One that sends by `db`, while [`Enqueuer::run`] runs.
+    pub fn new(db: Db) -> Self {
+        let (requests, waiting) = (Gather::new(ROOM), Semaphore::new(WAIT_FOR_LOCKS));
+        Self(Arc::new(Inner { db, requests, blocked: Mutex::default(), waiting }))
+    }
+
+    /// Enqueues a run, as [`enqueue_all`] does.
+    ///
+    /// Whoever drops the future does not know what became of the request, and where it has to go its own way, costs a connection:
+    /// spawn it where that happens often.
+    ///
+    /// # Errors
+    /// Those of the statement that it was in; [`Error::Full`] when too many wait.
+    pub async fn enqueue(&self, request: Request) -> Answer {
+        let request = Arc::new(request);
+        match self.together(&request).await {
+            Some(answer) => answer,
+            None => self.apart(&request).await,
+        }
+    }
+
+    /// Enqueues it together with others; `None` when it has to go its own way. May be dropped: what was sent is followed to its end.
+    pub async fn together(&self, request: &Arc<Request>) -> Option<Answer> {
+        let simple = matches!(request.on_conflict, None | Some(OnConflict::Reject | OnConflict::ReturnExisting));
+        if !simple || !request.is_plain() || request.rerun_of.is_some() || self.is_blocked(&request.workflow_id) {
+            return None;
+        }
+        self.0.requests.ask(request.clone()).await.unwrap_or_else(|_| Some(Err(Arc::new(Error::Full))))
+    }
+
+    /// Enqueues it by itself.
+    pub async fn apart(&self, request: &Request) -> Answer {
+        let workflow_id = &request.workflow_id;
+        // Not every connection is to wait for the lock of one workflow.
+        let _place = match self.is_blocked(workflow_id) {
+            true => match timeout(PLACE, self.0.waiting.acquire()).await {
+                Ok(place) => place.ok(),
+                Err(_) => return Err(Arc::new(busy())),
+            },
+            false => None,
+        };
+        let answer = enqueue_all(&self.0.db, std::slice::from_ref(request)).await.pop();
+        let answer = answer.unwrap_or(Ok(Enqueued::Contended));
+        match &answer {
+            Err(error) if matches!(**error, Error::Busy(_)) => self.block(workflow_id),
+            _ => drop(self.blocked().remove(workflow_id)),
+        }
+        answer
+    }
+
+    /// Enqueues many.
+    pub async fn enqueue_all(&self, requests: &[Request]) -> Vec<Answer> {
+        enqueue_all(&self.0.db, requests).await
+    }
+
+    /// Sends what is asked for, for ever: one batch after the other. Two of these at once are a good number.
+    pub async fn run(self) {
+        loop {
+            let mut open: BTreeMap<WorkflowId, VecDeque<Asked<_, _>>> = BTreeMap::new();
+            for asked in self.0.requests.next(PIECE).await {
+                open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
+            }
+            while !open.is_empty() {
+                self.send(&mut open).await;
+            }
+        }
+    }
+
+    /// One statement over the first request of each workflow. What that one is told without having changed anything is the answer to all
+    /// who ask the same: they asked before the statement began.
+    async fn send(&self, open: &mut BTreeMap<WorkflowId, VecDeque<Asked<Arc<Request>, Option<Answer>>>>) {
+        let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
+        let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
+        let answers = enqueue_to(&self.0.db, &requests, PATIENCE, Depth::AtOnce).await;
+        for (asked, answer) in first.into_iter().zip(answers) {
+            let Request { workflow_id, on_conflict, .. } = &*asked.item;
+            let busy = matches!(&answer, Err(error) if matches!(**error, Error::Busy(_)));
+            if busy {
+                self.block(workflow_id);
+            }
+            let answer = if busy { None } else { answer.transpose() };
+            let alone = matches!(&answer, Some(Ok(Enqueued::Accepted(_))));
+            if let Some(others) = open.get_mut(workflow_id) {
+                // Of an error that leaves open what was done they know nothing: they were not sent.
+                let shared = match &answer {
+                    Some(Err(error)) if error.outcome_unknown() => Some(Err(Arc::new(Error::Full))),
+                    _ => answer.clone(),
+                };
+                let all = matches!(&answer, None | Some(Err(_)));
+                for other in std::mem::take(others) {
+                    if !alone && (all || other.item.on_conflict == *on_conflict) {
+                        other.answer(shared.clone());
+                    } else {
+                        others.push_back(other);
+                    }
+                }
+            }
+            asked.answer(answer);
+        }
+        open.retain(|_, others| !others.is_empty());
+    }
+
+    fn blocked(&self) -> MutexGuard<'_, HashMap<WorkflowId, Instant>> {
+        self.0.blocked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_blocked(&self, workflow_id: &WorkflowId) -> bool {
+        let mut blocked = self.blocked();
+        let until = blocked.get(workflow_id).copied();
+        if until.is_some_and(|until| until <= Instant::now()) {
+            blocked.remove(workflow_id);
+            return false;
+        }
+        until.is_some()
+    }
+
+    fn block(&self, workflow_id: &WorkflowId) {
+        let now = Instant::now();
+        let mut blocked = self.blocked();
+        blocked.retain(|_, until| *until > now);
+        blocked.insert(workflow_id.clone(), now + BLOCKED);
+    }
+}
+
+fn busy() -> Error {
+    Error::Busy(sqlx::Error::Protocol("somebody has the slot of this workflow locked".into()))
+}
