@@ -42,7 +42,7 @@ pub struct Old {
 }
 
 /// The next `limit` runs after `mark` that were enqueued long enough ago to be over for long enough, the oldest first. It reads as
-/// many entries of `test_runs_newest`, backwards, and none before the mark: those are dead until they are vacuumed.
+/// many entries of `test_runs_newest`, from its old end, and none before the mark: those are dead until they are vacuumed.
 pub async fn after(connection: &mut PgConnection, mark: Mark, ages: Ages, limit: i64) -> sqlx::Result<Vec<Old>> {
     let rows = sqlx::query!(
         r#"
