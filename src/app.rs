@@ -23,12 +23,16 @@ use crate::api::{self, Api, Facts, LAST_NOTES, Terms};
 use crate::config::{Config, MARGIN, Migrate};
 use crate::domain::StopCause;
 use crate::engine::heartbeat::Held;
-use crate::engine::{self, reaper::Reaper};
+use crate::engine::pins::Watch;
+use crate::engine::reaper::Reaper;
+use crate::engine::retention::Keeper;
+use crate::engine::{self, lookout};
 use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
 pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
+use crate::store::retention::{Ages, SQL_KEY};
 use crate::store::settler::Settler;
 use crate::store::{self, Db, migrate, pooler};
 
@@ -250,12 +254,7 @@ async fn work(
     let done = CancellationToken::new();
     parts.spawn("heartbeats", engine::renew(ctx.clone(), done.clone()));
     parts.spawn("fencing", engine::fence_off(ctx.clone(), done.clone()));
-    let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
-    parts.spawn("reaper", engine::reap(reaper, config.reaper.interval, done.clone()));
-    parts.spawn("scheduler", engine::follow_schedules(ctx.clone(), done.clone()));
-    parts.spawn("due runs", engine::start_due(ctx.clone(), done.clone()));
-    parts.spawn("sweeper", engine::sweep(ctx.clone(), config.reaper.interval, done.clone()));
-    parts.spawn("chores", engine::do_chores(ctx.clone(), config.reaper.interval, done.clone()));
+    keep_house(config, &ctx, &mut parts, &done);
     parts.spawn("listener", engine::listen(ctx.clone(), servers.clone(), done.clone()));
     if config.worker.capacity > 0 {
         parts.spawn("presence", engine::be_present(ctx.clone(), done.clone()));
@@ -282,6 +281,24 @@ async fn work(
     match failed {
         Some(name) => anyhow::bail!("the {name} ended unexpectedly"),
         None => Ok(()),
+    }
+}
+
+/// The parts that every replica has, whatever it executes.
+fn keep_house(config: &Config, ctx: &engine::Ctx, parts: &mut Parts, done: &CancellationToken) {
+    let interval = config.reaper.interval;
+    let (tell, looks) = lookout::looks();
+    parts.spawn("lookout", engine::look_out(ctx.clone(), tell, interval, done.clone()));
+    let reaper = Reaper::new(ctx.db.clone(), &config.reaper);
+    parts.spawn("reaper", engine::reap(reaper, looks.clone(), interval, done.clone()));
+    parts.spawn("scheduler", engine::follow_schedules(ctx.clone(), looks.clone(), done.clone()));
+    parts.spawn("due runs", engine::start_due(ctx.clone(), looks.clone(), done.clone()));
+    parts.spawn("sweeper", engine::sweep(ctx.clone(), looks.clone(), interval, done.clone()));
+    parts.spawn("chores", engine::do_chores(ctx.clone(), looks, interval, done.clone()));
+    parts.spawn("snapshots", engine::watch_pins(Watch::new(ctx.db.clone()), done.clone()));
+    if let Some(retention) = config.retention {
+        let ages = Ages { run: retention, key: config.idempotency_ttl.max(SQL_KEY) };
+        parts.spawn("retention", engine::retain(Keeper::new(ctx.db.clone(), ages), done.clone()));
     }
 }
 

@@ -16,6 +16,8 @@ use crate::domain::executor::{MAX_LOG_BYTES, MAX_OUTPUT_BYTES};
 use crate::domain::workflow::check_queue;
 use crate::executor::command::{Guarding, guard};
 
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
 /// Time a worker that is about to lose its lease leaves for a pause of its machine, on top of the kill grace.
 pub const MARGIN: Duration = Duration::from_secs(2);
 
@@ -81,6 +83,9 @@ pub struct Settings {
     /// How long a stopping replica lets its runs finish. [default: 30s]
     #[arg(long, env = "SINGLETRACK_DRAIN_TIMEOUT", value_name = "DURATION")]
     pub drain_timeout: Option<String>,
+    /// How long a run is kept after its end, with its logs and events; off: for ever. [default: 90d]
+    #[arg(long, env = "SINGLETRACK_RETENTION", value_name = "DURATION")]
+    pub retention: Option<String>,
     /// Bytes of log kept per attempt; then a remark that it was cut, and the attempt goes on. [default: 10485760]
     #[arg(long, env = "SINGLETRACK_LOG_BYTES", value_name = "BYTES")]
     pub log_bytes: Option<String>,
@@ -132,6 +137,8 @@ pub struct Config {
     pub worker: Worker,
     /// What the reaper needs.
     pub reaper: Reaper,
+    /// How long a run is kept after its end; `None` for ever.
+    pub retention: Option<Duration>,
     /// Text or JSON.
     pub log_format: LogFormat,
     /// Directives of the log filter.
@@ -276,6 +283,7 @@ impl Settings {
                 start_within: read.whole_seconds("SINGLETRACK_START_WITHIN", &self.start_within, "1h"),
                 blind_after: Duration::ZERO,
             },
+            retention: read.take("SINGLETRACK_RETENTION", &self.retention, Some(90 * DAY), retention),
             log_format: read.take("SINGLETRACK_LOG_FORMAT", &self.log_format, LogFormat::Text, |text| match text {
                 "text" => Ok(LogFormat::Text),
                 "json" => Ok(LogFormat::Json),
@@ -365,10 +373,29 @@ fn public_url(text: &str) -> Result<String, String> {
     }
 }
 
+fn retention(text: &str) -> Result<Option<Duration>, String> {
+    match humantime::parse_duration(text) {
+        _ if text == "off" => Ok(None),
+        Ok(duration) if duration >= Duration::from_secs(1) && duration <= 36_500 * DAY => Ok(Some(duration)),
+        Ok(_) => Err("must be from 1s to 36500d, or off: for ever".into()),
+        Err(_) => Err(format!("`{text}` is not a duration; write for example 12h or 90d, or off: for ever")),
+    }
+}
+
 fn queues(text: &str) -> Result<Vec<String>, String> {
     let names: Vec<String> = text.split(',').map(|name| name.trim().to_owned()).collect();
     names.iter().try_for_each(|name| check_queue(name))?;
     Ok(names)
+}
+
+/// A duration that people count in days, and not in months of 30.44 of them.
+fn in_days(duration: Duration) -> String {
+    match duration.as_secs() {
+        seconds if seconds.is_multiple_of(DAY.as_secs()) && duration.subsec_nanos() == 0 => {
+            format!("{}d", seconds / DAY.as_secs())
+        }
+        _ => humantime::format_duration(duration).to_string(),
+    }
 }
 
 /// The settings as `VARIABLE=value` lines, secrets hidden.
@@ -397,6 +424,7 @@ impl fmt::Display for Config {
         writeln!(out, "SINGLETRACK_START_WITHIN={}", time(reaper.start_within))?;
         writeln!(out, "SINGLETRACK_REAP_INTERVAL={}", time(reaper.interval))?;
         writeln!(out, "SINGLETRACK_DRAIN_TIMEOUT={}", time(worker.drain_timeout))?;
+        writeln!(out, "SINGLETRACK_RETENTION={}", self.retention.map_or("off".to_owned(), in_days))?;
         writeln!(out, "SINGLETRACK_LOG_BYTES={}", worker.log_bytes)?;
         writeln!(out, "SINGLETRACK_OUTPUT_BYTES={}", worker.output_bytes)?;
         let proxy = worker.outgoing.proxy.as_ref().map_or(String::new(), ToString::to_string);

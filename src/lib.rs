@@ -39,6 +39,10 @@
 //! a stopping replica does. What a refusal says of the holder comes from the view `slot_holders`; [`engine::presence`],
 //! `api/presence.rs` and [`engine::chores`] keep what that one reads: who asks for runs, and how long they usually take.
 //!
+//! What is periodic looks before it acts, all of it by one statement ([`engine::lookout`]): an idle replica asks the database little. What
+//! has been over for `SINGLETRACK_RETENTION` is deleted ([`engine::retention`]), and of snapshots that keep dead rows in the way a
+//! replica warns ([`engine::pins`]).
+//!
 //! Where the database has several servers, `store/servers.rs` finds the primary, for every connection of ours, and again after a
 //! failover; a pooler on the way to it that shares connections is refused at start ([`store::pooler`]).
 //!

@@ -1,7 +1,7 @@
 //! What happens unasked. Each periodic part is one pass with a typed report; only this file repeats it.
 //!
-//! A pass takes no hint of what changed: it reads the database and acts. A wake-up only makes it look sooner, so a lost one
-//! costs latency and nothing else.
+//! A pass takes no hint of what changed: it reads the database and acts. A wake-up, or a sign that [`lookout`] saw, only makes it
+//! look sooner, so a lost one costs latency and nothing else.
 
 mod apart;
 mod attempt;
@@ -10,15 +10,18 @@ pub mod dispatcher;
 mod execute;
 pub mod heartbeat;
 pub mod listener;
+pub mod lookout;
+pub mod pins;
 pub mod presence;
 pub mod reaper;
+pub mod retention;
 pub mod scheduler;
 pub mod sweeper;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,15 +33,13 @@ use crate::store::settler::Settler;
 use crate::store::workers::Subscription;
 use crate::store::{Db, Servers};
 use heartbeat::Held;
+use lookout::{Look, Looks};
 
 /// How long a part that failed waits before it tries again.
 const POLL: Duration = Duration::from_millis(500);
 
 /// How long a dispatcher that nobody wakes waits before it looks again.
 const UNWOKEN: Duration = Duration::from_secs(1);
-
-/// How long schedules may go unwatched: one that another replica has changed is heard of by looking.
-const SCHEDULES: Duration = Duration::from_secs(1);
 
 /// How often leases are looked at for running out; well within the margin they leave.
 const FENCE_TICK: Duration = Duration::from_millis(200);
@@ -98,11 +99,12 @@ impl Ctx {
 }
 
 /// Whether there was more to do than one pass did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Next {
     /// A full batch: look again at once.
     Again,
     /// Done for this round.
+    #[default]
     Rest,
 }
 
@@ -203,41 +205,20 @@ pub async fn fence_off(ctx: Ctx, stop: CancellationToken) {
     }
 }
 
-/// Looks for stale and expired runs until `stop`.
-pub async fn reap(mut reaper: reaper::Reaper, interval: Duration, stop: CancellationToken) {
+/// Looks what there is to do, for the parts that hear of it, until `stop`: every `interval`, or more often.
+pub async fn look_out(ctx: Ctx, tell: watch::Sender<Option<Look>>, interval: Duration, stop: CancellationToken) {
     loop {
-        let rest = match reaper.pass().await {
-            Ok(report) if report.next == Next::Again => Duration::ZERO,
-            Ok(_) => jittered(interval),
-            Err(error) => {
-                tracing::warn!(%error, "can't look for stale runs; trying again");
-                jittered(interval)
-            }
-        };
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = sleep(rest) => {}
-        }
-    }
-}
-
-/// Fires the ticks of schedules when they come, until `stop`.
-pub async fn follow_schedules(ctx: Ctx, stop: CancellationToken) {
-    let mut scheduler = scheduler::Scheduler::new(ctx.db.clone());
-    loop {
-        let rest = match scheduler.pass().await {
-            Ok(report) => {
-                if !report.fired.is_empty() {
-                    ctx.wake.notify_one();
-                }
-                match report.next {
-                    Next::Again => Duration::ZERO,
-                    Next::Rest => report.until_next.unwrap_or(SCHEDULES).min(SCHEDULES),
-                }
+        let often = jittered(interval.min(lookout::OFTEN));
+        let rest = match lookout::pass(&ctx.db).await {
+            Ok(look) => {
+                let rest = look.rest(often);
+                tell.send_replace(Some(look));
+                rest
             }
             Err(error) => {
-                tracing::warn!(%error, "can't follow schedules; trying again");
-                jittered(POLL)
+                tracing::warn!(%error, "can't look what there is to do; trying again");
+                tell.send_replace(None);
+                often
             }
         };
         tokio::select! {
@@ -248,58 +229,149 @@ pub async fn follow_schedules(ctx: Ctx, stop: CancellationToken) {
     }
 }
 
+/// Waits until a part is to pass again: at once if there is more to do, else when it has had its `rest` and a glance calls for it.
+/// `false` when it is to stop.
+async fn called(
+    next: Next,
+    rest: Duration,
+    looks: &mut Looks,
+    wanted: impl FnMut(&Look) -> bool,
+    stop: &CancellationToken,
+) -> bool {
+    let resting = async {
+        if next == Next::Rest {
+            sleep(rest).await;
+            looks.call_for(wanted).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = stop.cancelled() => false,
+        () = resting => true,
+    }
+}
+
+/// Looks for stale and expired runs until `stop`.
+pub async fn reap(mut reaper: reaper::Reaper, mut looks: Looks, interval: Duration, stop: CancellationToken) {
+    let mut next = Next::Again;
+    let held = |reaper: &mut reaper::Reaper, look: &Look| {
+        reaper.saw(look);
+        look.signs.held
+    };
+    while called(next, jittered(interval), &mut looks, |look| held(&mut reaper, look), &stop).await {
+        next = match reaper.pass().await {
+            Ok(report) => report.next,
+            Err(error) => {
+                tracing::warn!(%error, "can't look for stale runs; trying again");
+                Next::Rest
+            }
+        };
+    }
+}
+
+/// Fires the ticks of schedules when they come, until `stop`.
+pub async fn follow_schedules(ctx: Ctx, mut looks: Looks, stop: CancellationToken) {
+    let mut scheduler = scheduler::Scheduler::new(ctx.db.clone());
+    let mut next = Next::Again;
+    while called(next, Duration::ZERO, &mut looks, |look| look.signs.tick, &stop).await {
+        next = match scheduler.pass().await {
+            Ok(report) => {
+                if !report.fired.is_empty() {
+                    ctx.wake.notify_one();
+                }
+                report.next
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't follow schedules; trying again");
+                Next::Rest
+            }
+        };
+    }
+}
+
 /// Starts scheduled runs when they are due, until `stop`.
-pub async fn start_due(ctx: Ctx, stop: CancellationToken) {
-    loop {
-        let rest = match sweeper::start_due(&ctx.db).await {
+pub async fn start_due(ctx: Ctx, mut looks: Looks, stop: CancellationToken) {
+    let mut next = Next::Again;
+    while called(next, Duration::ZERO, &mut looks, |look| look.signs.due, &stop).await {
+        next = match sweeper::start_due(&ctx.db).await {
             Ok(started) => {
                 if !started.runs.is_empty() {
                     ctx.wake.notify_one();
                 }
-                if started.next == Next::Again { Duration::ZERO } else { jittered(POLL) }
+                started.next
             }
             Err(error) => {
                 tracing::warn!(%error, "can't start what is due; trying again");
-                jittered(POLL)
+                Next::Rest
             }
         };
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = sleep(rest) => {}
-        }
     }
 }
 
-/// Looks for forgotten waiting runs until `stop`.
-pub async fn sweep(ctx: Ctx, interval: Duration, stop: CancellationToken) {
-    loop {
-        match sweeper::sweep(&ctx.db).await {
-            Ok(swept) if !swept.promoted.is_empty() => ctx.wake.notify_one(),
-            Ok(_) => {}
-            Err(error) => tracing::warn!(%error, "can't look for forgotten runs; trying again"),
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = sleep(jittered(interval)) => {}
-        }
+/// Looks for forgotten waiting runs and keys until `stop`.
+pub async fn sweep(ctx: Ctx, mut looks: Looks, interval: Duration, stop: CancellationToken) {
+    let mut next = Next::Again;
+    let wanted = |look: &Look| look.signs.waiting || look.signs.keys;
+    while called(next, jittered(interval), &mut looks, wanted, &stop).await {
+        next = match sweeper::sweep(&ctx.db).await {
+            Ok(swept) => {
+                if !swept.promoted.is_empty() {
+                    ctx.wake.notify_one();
+                }
+                swept.next
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't look for forgotten runs; trying again");
+                Next::Rest
+            }
+        };
     }
 }
 
 /// Keeps what refusals say good, and the pool no larger than needed, until `stop`.
-pub async fn do_chores(ctx: Ctx, interval: Duration, stop: CancellationToken) {
-    loop {
+pub async fn do_chores(ctx: Ctx, mut looks: Looks, interval: Duration, stop: CancellationToken) {
+    let mut next = Next::Again;
+    while called(next, jittered(interval), &mut looks, |look| look.signs.held, &stop).await {
         ctx.db.close_idle();
-        let rest = match chores::pass(&ctx.db).await {
-            Ok(report) if report.next == Next::Again => Duration::ZERO,
-            Ok(_) => jittered(interval),
+        next = match chores::pass(&ctx.db).await {
+            Ok(report) => report.next,
             Err(error) => {
                 tracing::warn!(%error, "can't keep figures and workers; trying again");
-                jittered(interval)
+                Next::Rest
+            }
+        };
+    }
+}
+
+/// Deletes runs that were over for long enough, until `stop`. After each batch it rests three times as long as that took, so that a
+/// history of years is worked off with a quarter of one connection's time.
+pub async fn retain(mut keeper: retention::Keeper, stop: CancellationToken) {
+    loop {
+        let began = Instant::now();
+        let rest = match keeper.pass().await {
+            Ok(report) if report.next == Next::Again => 3 * began.elapsed(),
+            Ok(_) => jittered(keeper.interval()),
+            Err(error) => {
+                tracing::warn!(%error, "can't delete old runs; trying again");
+                jittered(keeper.interval())
             }
         };
         tokio::select! {
             () = stop.cancelled() => return,
             () = sleep(rest) => {}
+        }
+    }
+}
+
+/// Warns of snapshots that are held for too long, until `stop`.
+pub async fn watch_pins(mut watch: pins::Watch, stop: CancellationToken) {
+    loop {
+        if let Err(error) = watch.pass().await {
+            tracing::warn!(%error, "can't look for old snapshots; trying again");
+        }
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = sleep(jittered(pins::INTERVAL)) => {}
         }
     }
 }

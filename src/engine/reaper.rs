@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::Next;
 use super::apart::together_or_apart;
+use super::lookout::Look;
 use crate::config;
 use crate::domain::{Lease, Outcome, Verdict};
 use crate::executor::boottime::Boottime;
@@ -61,6 +62,15 @@ impl Reaper {
             start_within_seconds: i32::try_from(config.start_within.as_secs()).unwrap_or(i32::MAX),
             blind_after: config.blind_after,
             view: None,
+        }
+    }
+
+    /// Takes note that the database was seen at work, though there was nothing to end: a run that begins now, and whose worker dies
+    /// at once, is not to be heard of from the next pass on only.
+    pub fn saw(&mut self, look: &Look) {
+        self.look(look.signs.sight.clone(), look.at);
+        if let Some(view) = &mut self.view {
+            view.last_good = look.at;
         }
     }
 

@@ -2,14 +2,13 @@
 //! run, in one statement.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::Next;
 use crate::domain::{Schedule, Timetable};
-use crate::store::schedules::{Pending, advance, pending, seconds_to_next};
+use crate::store::schedules::{Pending, advance, pending};
 use crate::store::{self, Db};
 
 /// Schedules per pass.
@@ -29,8 +28,6 @@ pub struct Report {
     pub fired: Vec<Uuid>,
     /// How many schedules were moved on.
     pub advanced: usize,
-    /// Time to the next tick of any schedule.
-    pub until_next: Option<Duration>,
     /// Whether to look again at once.
     pub next: Next,
 }
@@ -68,11 +65,9 @@ impl Scheduler {
                 Err(error) => return Err(error),
             }
         }
-        let until_next = self.db.with(async |connection| seconds_to_next(connection).await).await?;
         // A full batch of which nothing could be served would be found again at once.
         let next = if full && advanced > 0 { Next::Again } else { Next::Rest };
-        let until_next = until_next.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-        Ok(Report { fired, advanced, until_next, next })
+        Ok(Report { fired, advanced, next })
     }
 
     /// The tick to fire now, and the one after.

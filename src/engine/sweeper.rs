@@ -9,6 +9,8 @@ use crate::store::{self, Db};
 
 /// Rows per pass and kind.
 const BATCH: i64 = 100;
+/// Idempotency keys per pass: they are narrow, and nobody else wants them.
+const KEYS: i64 = 1000;
 /// Due runs per transaction: the first has its slot locked until the last is done, which may take 20 ms for each in between.
 const TOGETHER: usize = 25;
 
@@ -42,14 +44,18 @@ pub struct Swept {
     pub promoted: Vec<Uuid>,
     /// Idempotency keys that were forgotten.
     pub keys: u64,
+    /// Whether to look again at once.
+    pub next: Next,
 }
 
 /// Looks for forgotten waiting runs, and deletes expired idempotency keys.
 pub async fn sweep(db: &Db) -> Result<Swept, store::Error> {
     // One after the other, whatever became of the one before.
     let promoted = promote_stranded(db).await;
-    let keys = db.with(async |connection| forget_keys(connection, 10 * BATCH).await).await;
-    Ok(Swept { promoted: promoted?, keys: keys? })
+    let keys = db.with(async |connection| forget_keys(connection, KEYS).await).await;
+    let (promoted, keys) = (promoted?, keys?);
+    let full = i64::try_from(keys).is_ok_and(|keys| keys >= KEYS);
+    Ok(Swept { promoted, keys, next: if full { Next::Again } else { Next::Rest } })
 }
 
 async fn promote_stranded(db: &Db) -> Result<Vec<Uuid>, store::Error> {

@@ -45,15 +45,6 @@ pub async fn pending(connection: &mut PgConnection, limit: i64) -> sqlx::Result<
     .await
 }
 
-/// Seconds until the next tick that has not come; `None` where there is none.
-pub async fn seconds_to_next(connection: &mut PgConnection) -> sqlx::Result<Option<f64>> {
-    sqlx::query_scalar!(
-        "select extract(epoch from min(next_at) - now())::float8 from workflow_schedules where next_at > now()"
-    )
-    .fetch_one(connection)
-    .await
-}
-
 /// A schedule that was moved on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advanced {

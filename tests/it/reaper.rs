@@ -6,8 +6,8 @@ use chrono::{DateTime, Utc};
 use serde_json::json;
 use singletrack::config;
 use singletrack::domain::{Lease, Status, Verdict};
-use singletrack::engine::Next;
 use singletrack::engine::reaper::{Reaper, Report};
+use singletrack::engine::{Next, lookout};
 use singletrack::store::claim::Renewal;
 use singletrack::store::reap::{expire, sweep_leases};
 use singletrack::store::settle::Settled;
@@ -98,6 +98,24 @@ async fn a_reaper_without_a_good_pass_for_too_long_begins_to_look_anew() {
         assert!(report.ended.is_empty(), "{report:?}");
     }
     assert_eq!(passes(&mut reaper(&test), 1).await.ended, [silent.run_id], "one that can see ends it");
+    test.check().await;
+}
+
+#[tokio::test]
+async fn glances_between_two_passes_far_apart_keep_the_reaper_from_beginning_anew() {
+    let test = TestDb::new().await;
+    let silent = plant::overdue(&test, "w", 1).await;
+    let settings = config::Reaper { interval: HOUR, start_within: HOUR, blind_after: Duration::from_millis(900) };
+    let (mut seeing, mut blind) = (Reaper::new(test.db.clone(), &settings), Reaper::new(test.db.clone(), &settings));
+    for reaper in [&mut seeing, &mut blind] {
+        assert!(reaper.pass().await.unwrap().ended.is_empty());
+    }
+    let began = database_time(&test).await;
+    while database_time(&test).await - began < chrono::TimeDelta::milliseconds(1500) {
+        seeing.saw(&lookout::pass(&test.db).await.unwrap());
+    }
+    assert!(blind.pass().await.unwrap().ended.is_empty(), "it has seen nothing for too long");
+    assert_eq!(seeing.pass().await.unwrap().ended, [silent.run_id]);
     test.check().await;
 }
 
