@@ -40,6 +40,8 @@ use crate::store::{self, Db, migrate, pooler};
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Statements of each kind that take many at once and are under way together: more would be smaller ones.
 const FLIGHTS: usize = 2;
+/// Connections for these and for claims.
+const FLIGHT_CONNECTIONS: u32 = 8;
 /// Time open requests have to end when everything else has.
 const LAST_REQUESTS: Duration = Duration::from_secs(2);
 /// Time an outcome has to be recorded after its command was killed, when the replica must leave.
@@ -157,12 +159,13 @@ pub async fn run(
             "SINGLETRACK_GUARD=off: commands may outlive their run and overlap with the next; nothing is promised"
         );
     }
-    let enqueuer = Enqueuer::new(ctx.db.clone());
+    let enqueuer = Enqueuer::new(ctx.db.clone(), ctx.flights.clone());
     let api = Api {
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),
         wake_pull: ctx.wake_pull.clone(),
         wake_scheduler: ctx.wake_scheduler.clone(),
+        flights: ctx.flights.clone(),
         enqueuer: enqueuer.clone(),
         settler: ctx.settler.clone(),
         draining: stop.draining.clone(),
@@ -276,6 +279,7 @@ async fn work(
     last();
     parts.all_ended(LAST_REQUESTS + LAST_NOTES + Duration::from_secs(1)).await;
     ctx.db.close().await;
+    ctx.flights.close().await;
     ctx.lease_db.close().await;
     tracing::info!("stopped");
     match failed {
@@ -314,9 +318,11 @@ fn context(
     let renewal_limit = worker.heartbeat_interval.clamp(Duration::from_millis(500), store::LIMIT);
     let listen = listen.unwrap_or(config.listen);
     let db = Db::new(servers.clone(), config.pool_size, store::LIMIT);
+    let flights = db.flights(FLIGHT_CONNECTIONS);
     let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
     Ok(engine::Ctx {
-        settler: Settler::new(db.clone()),
+        settler: Settler::new(flights.clone()),
+        flights,
         db,
         lease_db: Db::new(servers.clone(), 1, renewal_limit),
         name: worker_name().into(),

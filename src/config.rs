@@ -45,7 +45,7 @@ pub struct Settings {
     /// Folder of the programs `initdb` and `postgres` for `dev`. [default: looked for]
     #[arg(long, env = "SINGLETRACK_PG_BIN", value_name = "FOLDER")]
     pub pg_bin: Option<String>,
-    /// Connections to the database, besides one for heartbeats and one that hears of cancels. [default: 10]
+    /// Connections to the database, besides eight for enqueues, claims and ends, one for heartbeats and one that hears of news. [default: 10]
     #[arg(long, env = "SINGLETRACK_POOL_SIZE", value_name = "NUMBER")]
     pub pool_size: Option<String>,
     /// Runs executed at once by this replica; 0: API only. [default: number of CPUs]

@@ -210,7 +210,7 @@ async fn take(api: &Api, wanted: &Arc<NewClaim>) -> Result<Vec<Claimed>, Problem
         false => error.into(),
     })?;
     for Claimed { run, .. } in &claimed {
-        tracing::info!(run.id = %run.id, workflow.id = run.workflow_id, run.fence, worker = run.worker, "claimed");
+        tracing::debug!(run.id = %run.id, workflow.id = run.workflow_id, run.fence, worker = run.worker, "claimed");
     }
     Ok(claimed)
 }
@@ -229,7 +229,7 @@ async fn take_surely(api: &Api, wanted: &NewClaim) -> Result<Vec<Claimed>, store
         timeout_seconds: i32::try_from(terms.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(terms.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),
     };
-    let claim = async || api.db.with(async |connection| claim_runs(connection, &request).await).await;
+    let claim = async || api.flights.with(async |connection| claim_runs(connection, &request).await).await;
     let lost = match claim().await {
         Err(error) if error.outcome_unknown() && wanted.claim_id.is_some() => error,
         answer => return answer,

@@ -19,7 +19,6 @@ use crate::domain::retry::check_max_attempts;
 use crate::domain::workflow::{check_key, check_labels, check_priority};
 use crate::domain::{Holder, OnConflict, Run, Status, WorkflowId};
 use crate::store;
-use crate::store::batch::enqueue_all;
 use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 
 const TAG: &str = "runs";
@@ -203,9 +202,9 @@ pub(super) async fn start(api: &Api, request: Request) -> Result<Started, Proble
 
 /// Enqueues runs; the answers stand in the order of the requests.
 pub(super) async fn start_all(api: &Api, requests: Vec<Request>) -> Result<Vec<Result<Started, Problem>>, Problem> {
-    let db = api.db.clone();
+    let enqueuer = api.enqueuer.clone();
     let (requests, answers) = to_its_end(async move {
-        let answers = enqueue_all(&db, &requests).await;
+        let answers = enqueuer.enqueue_all(&requests).await;
         (requests, answers)
     })
     .await?;

@@ -59,6 +59,8 @@ const WAITERS: usize = 1000;
 pub struct Api {
     /// The pool.
     pub db: Db,
+    /// The pool for what is sent all the time.
+    pub flights: Db,
     /// Enqueues runs, many at once.
     pub enqueuer: Enqueuer,
     /// Settles attempts, many at once.

@@ -20,12 +20,14 @@ pub struct Client {
 }
 
 impl Client {
-    /// One that opens at most so many connections to the primary of `servers`, as it needs them; three are enough for most.
+    /// One that opens at most so many connections to the primary of `servers` and as many for what goes its own way, as it needs them;
+    /// two are enough for most.
     ///
     /// # Panics
     /// Outside of a runtime of Tokio.
     pub fn new(servers: impl Into<Servers>, connections: u32) -> Self {
-        let enqueuer = Enqueuer::new(Db::new(servers, connections, LIMIT));
+        let db = Db::new(servers, connections, LIMIT);
+        let enqueuer = Enqueuer::new(db.clone(), db.flights(connections));
         let flights = (0..FLIGHTS).map(|_| enqueuer.clone().run()).collect();
         Self { enqueuer, _flights: Arc::new(flights) }
     }

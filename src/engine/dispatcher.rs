@@ -97,5 +97,5 @@ async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store:
         timeout_seconds: i32::try_from(ctx.worker.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(ctx.worker.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),
     };
-    ctx.db.with(async |connection| Ok((Boottime::now(), claim(connection, &request).await?))).await
+    ctx.flights.with(async |connection| Ok((Boottime::now(), claim(connection, &request).await?))).await
 }

@@ -55,6 +55,8 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(1);
 pub struct Ctx {
     /// The pool.
     pub db: Db,
+    /// The pool for what is sent all the time.
+    pub flights: Db,
     /// Settles attempts, many at once.
     pub settler: Settler,
     /// A connection of its own for renewals, which load on the pool can't starve.
@@ -333,6 +335,7 @@ pub async fn do_chores(ctx: Ctx, mut looks: Looks, interval: Duration, stop: Can
     let mut next = Next::Again;
     while called(next, jittered(interval), &mut looks, |look| look.signs.held, &stop).await {
         ctx.db.close_idle();
+        ctx.flights.close_idle();
         next = match chores::pass(&ctx.db).await {
             Ok(report) => report.next,
             Err(error) => {

@@ -36,6 +36,7 @@ pub struct Enqueuer(Arc<Inner>);
 
 struct Inner {
     db: Db,
+    flights: Db,
     /// The answer `None`: it takes a closer look, or waiting; nothing was done for it.
     requests: Gather<Arc<Request>, Option<Answer>>,
     /// Workflows that were found locked, and until when they are taken to be.
@@ -44,10 +45,10 @@ struct Inner {
 }
 
 impl Enqueuer {
-    /// One that sends by `db`, while [`Enqueuer::run`] runs.
-    pub fn new(db: Db) -> Self {
+    /// One that sends by `flights`, while [`Enqueuer::run`] runs, and what goes its own way by `db`.
+    pub fn new(db: Db, flights: Db) -> Self {
         let (requests, waiting) = (Gather::new(ROOM), Semaphore::new(WAIT_FOR_LOCKS));
-        Self(Arc::new(Inner { db, requests, blocked: Mutex::default(), waiting }))
+        Self(Arc::new(Inner { db, flights, requests, blocked: Mutex::default(), waiting }))
     }
 
     /// Enqueues a run, as [`enqueue_all`] does.
@@ -96,7 +97,7 @@ impl Enqueuer {
 
     /// Enqueues many.
     pub async fn enqueue_all(&self, requests: &[Request]) -> Vec<Answer> {
-        enqueue_all(&self.0.db, requests).await
+        enqueue_all(&self.0.flights, requests).await
     }
 
     /// Sends what is asked for, for ever: one batch after the other. Two of these at once are a good number.
@@ -117,7 +118,7 @@ impl Enqueuer {
     async fn send(&self, open: &mut BTreeMap<WorkflowId, VecDeque<Asked<Arc<Request>, Option<Answer>>>>) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
-        let answers = enqueue_to(&self.0.db, &requests, PATIENCE, Depth::AtOnce).await;
+        let answers = enqueue_to(&self.0.flights, &requests, PATIENCE, Depth::AtOnce).await;
         for (asked, answer) in first.into_iter().zip(answers) {
             let Request { workflow_id, on_conflict, .. } = &*asked.item;
             let busy = matches!(&answer, Err(error) if matches!(**error, Error::Busy(_)));

@@ -78,7 +78,8 @@ const SESSION: &str = "
            set_config('enable_seqscan', 'off', false),
            set_config('jit', 'off', false),
            -- whose enqueue it was, for those who hear of it
-           set_config('singletrack.replica', $2, false)";
+           set_config('singletrack.replica', $2, false),
+           set_config('plan_cache_mode', $3, false)";
 
 /// Silence after which a connection is tried before it is used again; before that the other end is taken to be there.
 const QUIET: Duration = Duration::from_secs(1);
@@ -164,11 +165,23 @@ impl Db {
     /// A pool of at most `connections` to the primary of `servers`; none is opened before it is needed. `limit` is for the work
     /// of one [`Db::with`]: [`LIMIT`] is a good one.
     pub fn new(servers: impl Into<Servers>, connections: u32, limit: Duration) -> Self {
+        Self::of(Connections { servers: servers.into(), replica: Uuid::new_v4(), plans: "auto" }, connections, limit)
+    }
+
+    /// Another pool to the same servers in the same name, for the statements that are sent all the time, each with as much as there is
+    /// to do: they are planned once per connection, which takes longer than most of them. Reading is not for this one: what a list
+    /// is narrowed by may be anything, and wants a plan of its own.
+    pub fn flights(&self, connections: u32) -> Self {
+        let Connections { servers, replica, .. } = self.pool.manager();
+        let plans = "force_generic_plan";
+        Self::of(Connections { servers: servers.clone(), replica: *replica, plans }, connections, self.limit)
+    }
+
+    fn of(manager: Connections, connections: u32, limit: Duration) -> Self {
         let size = usize::try_from(connections).unwrap_or(usize::MAX);
+        let replica = manager.replica;
         // The last one used first, so that those which are not needed can be seen to be idle.
-        let replica = Uuid::new_v4();
-        let connections = Connections { servers: servers.into(), replica };
-        let pool = Pool::builder(connections).max_size(size).queue_mode(QueueMode::Lifo).build();
+        let pool = Pool::builder(manager).max_size(size).queue_mode(QueueMode::Lifo).build();
         Self { pool: pool.unwrap_or_else(|_| unreachable!("only timeouts of its own need a runtime")), limit, replica }
     }
 
@@ -247,16 +260,14 @@ async fn set_lock_timeout(connection: &mut PgConnection, timeout: &str) -> sqlx:
 struct Connections {
     servers: Servers,
     replica: Uuid,
+    plans: &'static str,
 }
 
 impl Connections {
     async fn open(&self) -> Result<Reached, Unreachable> {
         let mut reached = self.servers.reach().await?;
-        let set = sqlx::query(SESSION)
-            .bind(LOCK_TIMEOUT)
-            .bind(self.replica.to_string())
-            .execute(&mut reached.connection)
-            .await;
+        let set = sqlx::query(SESSION).bind(LOCK_TIMEOUT).bind(self.replica.to_string()).bind(self.plans);
+        let set = set.execute(&mut reached.connection).await;
         match set {
             Ok(_) => Ok(reached),
             Err(error) => Err(self.servers.refused(&reached, error)),

@@ -221,10 +221,11 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let listen = listener.local_addr().unwrap();
     let facts = Facts::new(listen, None, Duration::from_secs(1), Terms::default(), Duration::from_secs(60));
-    let enqueuer = Enqueuer::new(test.db.clone());
+    let enqueuer = Enqueuer::new(test.db.clone(), test.db.clone());
     tokio::spawn(enqueuer.clone().run());
     let api = Api {
         db: test.db.clone(),
+        flights: test.db.clone(),
         enqueuer,
         settler: Settler::new(test.db.clone()),
         wake: Arc::default(),
