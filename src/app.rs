@@ -160,7 +160,7 @@ pub async fn run(
         );
     }
     let enqueuer = Enqueuer::new(ctx.db.clone(), ctx.flights.clone());
-    let api = Api {
+    let api = Api::from(api::Shared {
         db: ctx.db.clone(),
         wake: ctx.wake.clone(),
         wake_pull: ctx.wake_pull.clone(),
@@ -183,7 +183,7 @@ pub async fn run(
             },
             config.idempotency_ttl,
         )),
-    };
+    });
     let mut parts = Parts::default();
     let over = CancellationToken::new();
     parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), || enqueuer.clone().run());

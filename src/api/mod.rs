@@ -21,6 +21,7 @@ mod schedules;
 mod workflows;
 
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,9 +55,26 @@ const BATCH_LIMIT: usize = 32 << 20;
 /// Requests of a kind that may wait at once, for a run's end or for a run to claim; those beyond are answered without waiting.
 const WAITERS: usize = 1000;
 
-/// What handlers need.
+/// What handlers need: each layer of each request has a copy.
 #[derive(Clone)]
-pub struct Api {
+pub struct Api(Arc<Shared>);
+
+impl Deref for Api {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl From<Shared> for Api {
+    fn from(shared: Shared) -> Self {
+        Self(Arc::new(shared))
+    }
+}
+
+/// What all handlers share.
+pub struct Shared {
     /// The pool.
     pub db: Db,
     /// The pool for what is sent all the time.

@@ -73,7 +73,7 @@ pub struct Key {
 impl Request {
     /// Whether one statement over many can decide it, where the slot is free or `on_conflict` leaves it at that.
     pub(super) fn is_plain(&self) -> bool {
-        self.key.is_none() && self.when == When::Now
+        self.key.is_none() && self.when == When::Now && self.rerun_of.is_none()
     }
 
     /// A request for a run without input, now, under a new id; everything else is as the workflow says.
@@ -244,8 +244,9 @@ struct Row {
     timeout_seconds: Option<i32>,
     heartbeat_timeout_seconds: Option<i32>,
     paused: bool,
-    holder: Option<Json<Holder>>,
-    sent_before: Option<Json<Run>>,
+    taken: bool,
+    #[expect(dead_code, reason = "notifying is an effect of reading it")]
+    told: Option<String>,
 }
 
 impl Row {
@@ -294,6 +295,11 @@ async fn attempt(
     repeated: bool,
     patience: &str,
 ) -> sqlx::Result<Vec<Found>> {
+    // The same requests, sent before.
+    let mut there = match repeated {
+        true => read(connection, &requests.iter().map(|request| request.id).collect::<Vec<_>>()).await?,
+        false => HashMap::new(),
+    };
     let columns = Columns::of(requests);
     let rows = sqlx::query_file_as!(
         Row,
@@ -304,43 +310,48 @@ async fn attempt(
         &columns.priorities as &[Option<i16>],
         &columns.labels,
         &columns.requested_by,
-        repeated,
         &columns.max_attempts as &[Option<i32>],
-        &columns.rerun_of as &[Option<Uuid>],
         &columns.on_conflict as &[Option<String>],
         patience,
     )
     .fetch_all(&mut *connection)
     .await?;
-    let joined = |policy, holder: &Option<Json<Holder>>| {
-        holder.as_ref().filter(|_| policy == OnConflict::ReturnExisting).map(|Json(holder)| holder.run_id)
-    };
-    let existing: Vec<Uuid> = rows.iter().filter_map(|row| joined(row.policy?, &row.holder)).collect();
-    let existing = read(connection, &existing).await.map_err(after_a_commit)?;
     let by_id: HashMap<Uuid, &Request> = requests.iter().map(|request| (request.id, *request)).collect();
+    let refused = |row: &Row| {
+        row.taken && !row.paused && matches!(row.policy, Some(OnConflict::Reject | OnConflict::ReturnExisting))
+    };
+    let slots: Vec<String> = rows
+        .iter()
+        .filter(|row| refused(row) && !there.contains_key(&row.id))
+        .filter_map(|row| Some(by_id.get(&row.id)?.workflow_id.to_string()))
+        .collect();
+    let holders = slot_holders(connection, &slots).await.map_err(after_a_commit)?;
+    let joined = rows.iter().filter(|row| row.policy == Some(OnConflict::ReturnExisting));
+    let joined = joined.filter_map(|row| Some(holders.get(by_id.get(&row.id)?.workflow_id.as_str())?.run_id));
+    let existing = read(connection, &joined.collect::<Vec<_>>()).await.map_err(after_a_commit)?;
     let mut found: HashMap<Uuid, Found> = HashMap::with_capacity(requests.len());
     for row in rows {
-        let id = row.id;
-        if let Some(Json(run)) = row.sent_before {
-            found.insert(id, Found::Decided(Enqueued::Accepted(run)));
-            continue;
-        }
-        let decided = match (row.policy, &row.holder) {
-            _ if row.inserted => match by_id.get(&id) {
-                Some(request) => Found::Decided(Enqueued::Accepted(row.run(request))),
-                None => continue,
-            },
+        let Some(&request) = by_id.get(&row.id) else { continue };
+        // One that was free when its holder was looked for may be had now; one that has it itself was sent before.
+        let holder = holders.get(request.workflow_id.as_str()).filter(|holder| holder.run_id != request.id);
+        let decided = match (row.policy, holder) {
+            _ if row.inserted => Found::Decided(Enqueued::Accepted(row.run(request))),
             _ if row.revision.is_none() => Found::Decided(Enqueued::UnknownWorkflow),
             _ if row.paused => Found::Closely,
-            (Some(OnConflict::Reject), Some(Json(holder))) => Found::Decided(Enqueued::SlotTaken(holder.clone())),
-            (Some(OnConflict::ReturnExisting), Some(Json(holder))) => match existing.get(&holder.run_id) {
+            (Some(OnConflict::Wait | OnConflict::Replace), _) => Found::Closely,
+            (Some(OnConflict::Reject), Some(holder)) => Found::Decided(Enqueued::SlotTaken(holder.clone())),
+            (Some(OnConflict::ReturnExisting), Some(holder)) => match existing.get(&holder.run_id) {
                 Some(run) => Found::Decided(Enqueued::Existing(run.clone())),
                 None => Found::Undecided,
             },
-            (Some(OnConflict::Wait | OnConflict::Replace), Some(_)) => Found::Closely,
             _ => Found::Undecided,
         };
-        found.insert(id, decided);
+        found.insert(request.id, decided);
+    }
+    for request in requests {
+        if let Some(run) = there.remove(&request.id) {
+            found.insert(request.id, Found::Decided(Enqueued::Accepted(run)));
+        }
     }
     // The slot of what was neither inserted nor explained was taken while the statement ran.
     Ok(requests.iter().map(|request| found.remove(&request.id).unwrap_or(Found::Undecided)).collect())
@@ -423,6 +434,24 @@ pub(super) async fn read(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::R
         return Ok(HashMap::new());
     }
     Ok(runs::these(connection, ids).await?.into_iter().map(|run| (run.id, run)).collect())
+}
+
+/// Who holds the slots of these workflows, by workflow.
+async fn slot_holders(connection: &mut PgConnection, workflow_ids: &[String]) -> sqlx::Result<HashMap<String, Holder>> {
+    if workflow_ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let holders = sqlx::query!(
+        r#"
+        select w.id as "workflow_id!", h.holder as "holder!: Json<Holder>"
+        from (select distinct unnest($1::text[]) as id) w
+        cross join lateral (select to_jsonb(t) as holder from slot_holders t where t.workflow_id = w.id limit 1) h
+        "#,
+        workflow_ids
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok(holders.into_iter().map(|row| (row.workflow_id, row.holder.0)).collect())
 }
 
 /// Those of these runs that hold a slot, as refused callers need to know them.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::batch::{enqueue_all, enqueue_to};
 use super::enqueue::{Depth, Enqueued, Request};
@@ -27,8 +27,21 @@ const BLOCKED: Duration = Duration::from_secs(30);
 /// Requests for locked workflows that wait on a connection at once, and how long others wait for their place.
 const WAIT_FOR_LOCKS: usize = 3;
 const PLACE: Duration = Duration::from_secs(2);
+/// So many who ask for one taken slot together are a storm, and are told a moment later: they would take the machine from those whose
+/// slots are free.
+const STORM: usize = 32;
+const MOMENT: Duration = Duration::from_millis(8);
 
 type Answer = Result<Enqueued, Arc<Error>>;
+/// `None`: it takes a closer look, or waiting; nothing was done for it.
+type Found = Option<Answer>;
+
+/// When an answer is to be given.
+#[derive(Clone, Copy)]
+enum When {
+    Now,
+    InAMoment,
+}
 
 /// Enqueues runs.
 #[derive(Clone)]
@@ -37,8 +50,7 @@ pub struct Enqueuer(Arc<Inner>);
 struct Inner {
     db: Db,
     flights: Db,
-    /// The answer `None`: it takes a closer look, or waiting; nothing was done for it.
-    requests: Gather<Arc<Request>, Option<Answer>>,
+    requests: Gather<Arc<Request>, (When, Found)>,
     /// Workflows that were found locked, and until when they are taken to be.
     blocked: Mutex<HashMap<WorkflowId, Instant>>,
     waiting: Semaphore,
@@ -69,10 +81,17 @@ impl Enqueuer {
     /// Enqueues it together with others; `None` when it has to go its own way. May be dropped: what was sent is followed to its end.
     pub async fn together(&self, request: &Arc<Request>) -> Option<Answer> {
         let simple = matches!(request.on_conflict, None | Some(OnConflict::Reject | OnConflict::ReturnExisting));
-        if !simple || !request.is_plain() || request.rerun_of.is_some() || self.is_blocked(&request.workflow_id) {
+        if !simple || !request.is_plain() || self.is_blocked(&request.workflow_id) {
             return None;
         }
-        self.0.requests.ask(request.clone()).await.unwrap_or_else(|_| Some(Err(Arc::new(Error::Full))))
+        match self.0.requests.ask(request.clone()).await {
+            Ok((When::Now, found)) => found,
+            Ok((When::InAMoment, found)) => {
+                sleep(MOMENT).await;
+                found
+            }
+            Err(_) => Some(Err(Arc::new(Error::Full))),
+        }
     }
 
     /// Enqueues it by itself.
@@ -115,7 +134,7 @@ impl Enqueuer {
 
     /// One statement over the first request of each workflow. What that one is told without having changed anything is the answer to all
     /// who ask the same: they asked before the statement began.
-    async fn send(&self, open: &mut BTreeMap<WorkflowId, VecDeque<Asked<Arc<Request>, Option<Answer>>>>) {
+    async fn send(&self, open: &mut BTreeMap<WorkflowId, VecDeque<Asked<Arc<Request>, (When, Found)>>>) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
         let answers = enqueue_to(&self.0.flights, &requests, PATIENCE, Depth::AtOnce).await;
@@ -134,15 +153,13 @@ impl Enqueuer {
                     _ => answer.clone(),
                 };
                 let all = matches!(&answer, None | Some(Err(_)));
-                for other in std::mem::take(others) {
-                    if !alone && (all || other.item.on_conflict == *on_conflict) {
-                        other.answer(shared.clone());
-                    } else {
-                        others.push_back(other);
-                    }
-                }
+                let alike = |other: &Asked<Arc<Request>, _>| !alone && (all || other.item.on_conflict == *on_conflict);
+                let (told, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(others).into_iter().partition(alike);
+                *others = left;
+                let when = if told.len() >= STORM { When::InAMoment } else { When::Now };
+                told.into_iter().for_each(|other| other.answer((when, shared.clone())));
             }
-            asked.answer(answer);
+            asked.answer((When::Now, answer));
         }
         open.retain(|_, others| !others.is_empty());
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
-use singletrack::api::{Api, Facts, Terms, router};
+use singletrack::api::{Api, Facts, Shared, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
 use singletrack::store::enqueuer::Enqueuer;
@@ -223,7 +223,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
     let facts = Facts::new(listen, None, Duration::from_secs(1), Terms::default(), Duration::from_secs(60));
     let enqueuer = Enqueuer::new(test.db.clone(), test.db.clone());
     tokio::spawn(enqueuer.clone().run());
-    let api = Api {
+    let api = Api::from(Shared {
         db: test.db.clone(),
         flights: test.db.clone(),
         enqueuer,
@@ -234,7 +234,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         draining: CancellationToken::new(),
         notes: Arc::default(),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
-    };
+    });
     let facts = api.facts.clone();
     let service = router(api).into_make_service_with_connect_info::<SocketAddr>();
     tokio::spawn(async move { axum::serve(listener, service).await.unwrap() });
