@@ -11,11 +11,18 @@ use crate::store::workers::Subscription;
 /// How long a claim whose answer was lost may still be carried out: the server ends a statement before that.
 const LOST_CLAIM: Duration = Duration::from_secs(10);
 
+/// Runs per claim.
+const PIECE: usize = 500;
+/// So many are claimed by two statements at once.
+const MANY: usize = 100;
+
 /// A dispatcher, and whether it may have claimed what it does not know of.
 pub struct Dispatcher {
     ctx: Ctx,
     /// When a claim was last sent whose runs were not started.
     astray: Option<Boottime>,
+    /// The last pass got all that it asked for: there may be much more to do.
+    behind: bool,
 }
 
 /// What a pass did.
@@ -30,7 +37,7 @@ pub struct Report {
 impl Dispatcher {
     /// A dispatcher that has claimed nothing yet.
     pub fn new(ctx: Ctx) -> Self {
-        Self { ctx, astray: None }
+        Self { ctx, astray: None, behind: false }
     }
 
     /// Claims as many due runs as there is free capacity, and starts them.
@@ -41,19 +48,37 @@ impl Dispatcher {
             // An attempt that ends wakes the dispatcher.
             return Ok(Report { claimed: 0, next: Next::Rest });
         }
-        let (sent, claimed) = match take(&self.ctx, free).await {
-            Ok(taken) => taken,
-            Err(error) => {
-                if error.outcome_unknown() {
-                    self.astray = Some(Boottime::now());
+        let wanted = free.min(if self.behind { 2 * PIECE } else { PIECE });
+        // Of many two at once, where there is much to do: they pass by each other's, and Postgres has more than one core.
+        let second = if self.behind && wanted >= MANY { wanted / 2 } else { 0 };
+        let (first, second) = tokio::join!(take(&self.ctx, wanted - second), take(&self.ctx, second));
+        let (mut count, mut failed) = (0, None);
+        for taken in [first, second] {
+            match taken {
+                Ok((sent, claimed)) => {
+                    count += claimed.len();
+                    self.start(sent, claimed);
                 }
-                return Err(error);
+                Err(error) => {
+                    if error.outcome_unknown() {
+                        self.astray = Some(Boottime::now());
+                    }
+                    failed = Some(error);
+                }
             }
-        };
-        let count = claimed.len();
+        }
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        // A short batch means that nothing else is due.
+        self.behind = count == wanted;
+        Ok(Report { claimed: count, next: if self.behind { Next::Again } else { Next::Rest } })
+    }
+
+    fn start(&mut self, sent: Boottime, claimed: Vec<Claimed>) {
         if self.ctx.draining.is_cancelled() {
             self.astray = Some(Boottime::now());
-            return Ok(Report { claimed: count, next: Next::Rest });
+            return;
         }
         for run in claimed {
             // Only this function takes permits, and there were enough.
@@ -61,8 +86,6 @@ impl Dispatcher {
             let holding = attempt::hold(&self.ctx, &run, sent);
             self.ctx.attempts.spawn(attempt::run(self.ctx.clone(), run, holding, permit));
         }
-        // A short batch means that nothing else is due.
-        Ok(Report { claimed: count, next: if count == free { Next::Again } else { Next::Rest } })
     }
 
     /// Gives back what was claimed in this process's name and never begun: claimed while the replica began to stop, or by a
@@ -86,6 +109,9 @@ impl Dispatcher {
 /// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
 /// with the wait for that one taken off its lease.
 async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store::Error> {
+    if free == 0 {
+        return Ok((Boottime::now(), Vec::new()));
+    }
     let Subscription { executor_types, queues, workflows } = ctx.subscription();
     let request = Claim {
         worker: &ctx.name,

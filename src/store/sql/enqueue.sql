@@ -16,7 +16,8 @@ known as materialized (
            coalesce(e.max_attempts, v.max_attempts) as effective_max_attempts,
            coalesce(e.on_conflict, v.on_conflict) as policy,
            exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, v.workflow_id)) as paused,
-           exists (select from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running')) as taken
+           -- not as `exists`, for which the planner may read all slots at once
+           (select true from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running') limit 1) is true as taken
     from entry e
     left join lateral (select id, revision from workflows where id = e.workflow_id and deleted_at is null limit 1) own on true
     left join lateral (
