@@ -34,13 +34,11 @@ pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
 use crate::store::retention::{Ages, SQL_KEY};
 use crate::store::settler::Settler;
-use crate::store::{self, Db, migrate, pooler};
+use crate::store::{self, Db, Flight, migrate, pooler};
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Statements of each kind that take many at once and are under way together: more would be smaller ones.
-const FLIGHTS: usize = 2;
-/// Connections for these and for claims.
+/// Connections for statements that take many at once, and for claims.
 const FLIGHT_CONNECTIONS: u32 = 8;
 /// Time open requests have to end when everything else has.
 const LAST_REQUESTS: Duration = Duration::from_secs(2);
@@ -186,8 +184,8 @@ pub async fn run(
     });
     let mut parts = Parts::default();
     let over = CancellationToken::new();
-    parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), || enqueuer.clone().run());
-    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), || ctx.settler.clone().run());
+    parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), |flight| enqueuer.clone().run(flight));
+    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), |flight| ctx.settler.clone().run(flight));
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
@@ -239,7 +237,11 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
     let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
     let mut parts = Parts::default();
-    parts.spawn_flights("ends", || settled(ctx.clone(), ctx.draining.clone()), || ctx.settler.clone().run());
+    parts.spawn_flights(
+        "ends",
+        || settled(ctx.clone(), ctx.draining.clone()),
+        |flight| ctx.settler.clone().run(flight),
+    );
     work(&config, &servers, ctx, parts, &stop, || ()).await
 }
 
@@ -420,17 +422,17 @@ impl Parts {
 
     /// Statements of a kind that are under way at once: what comes meanwhile gathers. They go on until `over`, also when whoever runs the
     /// replica drops its future before: attempts are tasks of their own, and have to be settled.
-    fn spawn_flights<F, O>(&mut self, name: &'static str, over: impl Fn() -> O, flight: impl Fn() -> F)
+    fn spawn_flights<F, O>(&mut self, name: &'static str, over: impl Fn() -> O, fly: impl Fn(Flight) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
         O: Future<Output = ()> + Send + 'static,
     {
-        for _ in 0..FLIGHTS {
-            let (over, flight) = (over(), flight());
+        for flight in Flight::ALL {
+            let (over, flying) = (over(), fly(flight));
             let flying = tokio::spawn(async move {
                 tokio::select! {
                     () = over => {}
-                    () = flight => {}
+                    () = flying => {}
                 }
             });
             self.spawn(name, async move { drop(flying.await) });

@@ -4,10 +4,9 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use super::FLIGHTS;
 use crate::store::enqueue::{Enqueued, Request};
 use crate::store::enqueuer::Enqueuer;
-use crate::store::{Db, Error, LIMIT, Servers};
+use crate::store::{Db, Error, Flight, LIMIT, Servers};
 
 /// Enqueues runs from your own program, as the API does: requests that come while a statement is under way are sent together by the
 /// next one. Clone it freely; the connections are shared. It wants a runtime of Tokio, and ends with its last clone.
@@ -28,7 +27,7 @@ impl Client {
     pub fn new(servers: impl Into<Servers>, connections: u32) -> Self {
         let db = Db::new(servers, connections, LIMIT);
         let enqueuer = Enqueuer::new(db.clone(), db.flights(connections));
-        let flights = (0..FLIGHTS).map(|_| enqueuer.clone().run()).collect();
+        let flights = Flight::ALL.map(|flight| enqueuer.clone().run(flight)).into_iter().collect();
         Self { enqueuer, _flights: Arc::new(flights) }
     }
 

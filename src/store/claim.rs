@@ -125,7 +125,7 @@ pub async fn taken_before(
 ) -> sqlx::Result<Option<Vec<Claimed>>> {
     let rows = sqlx::query!(
         r#"
-        select to_jsonb(r) as "run!: Json<Run>", r.lease_secret, r.status = 'running' as "running!",
+        select row_to_json(r) as "run!: Json<Run>", r.lease_secret, r.status = 'running' as "running!",
                coalesce(v.executor, 'null') as "executor!"
         from test_runs r
         left join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision

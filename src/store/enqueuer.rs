@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::batch::{enqueue_all, enqueue_to};
 use super::enqueue::{Depth, Enqueued, Request};
-use super::gather::{Asked, Gather};
+use super::gather::{Asked, Flight, Gather};
 use super::{Db, Error};
 use crate::domain::{OnConflict, WorkflowId};
 
@@ -119,11 +119,11 @@ impl Enqueuer {
         enqueue_all(&self.0.flights, requests).await
     }
 
-    /// Sends what is asked for, for ever: one batch after the other. Two of these at once are a good number.
-    pub async fn run(self) {
+    /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
+    pub async fn run(self, flight: Flight) {
         loop {
             let mut open: BTreeMap<WorkflowId, VecDeque<Asked<_, _>>> = BTreeMap::new();
-            for asked in self.0.requests.next(PIECE).await {
+            for asked in self.0.requests.next(flight, PIECE).await {
                 open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
             }
             while !open.is_empty() {

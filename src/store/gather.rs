@@ -3,21 +3,34 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
+/// So many that wait are worth a second statement beside the first: each costs as much by itself as a dozen that it takes.
+const MANY: usize = 64;
+/// When the first has been under way for so long, what waits is worth one too.
+const HELD_UP: Duration = Duration::from_millis(20);
+
 /// What was asked for and is not yet sent.
 pub(super) struct Gather<T, A> {
-    queue: Mutex<VecDeque<Asked<T, A>>>,
-    more: Notify,
+    waiting: Mutex<Waiting<T, A>>,
+    some: Notify,
+    many: Notify,
     room: usize,
+}
+
+struct Waiting<T, A> {
+    queue: VecDeque<Asked<T, A>>,
+    /// Since when the first statement is under way.
+    sent: Option<Instant>,
 }
 
 /// What somebody asked for, and where the answer goes.
 pub(super) struct Asked<T, A> {
     pub(super) item: T,
     /// Nobody may be there any more to take it: that undoes nothing.
-    pub(super) answer: oneshot::Sender<A>,
+    answer: oneshot::Sender<A>,
 }
 
 impl<T, A> Asked<T, A> {
@@ -35,45 +48,74 @@ pub(super) enum Unasked {
     Gone,
 }
 
+/// Which of the statements under way at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flight {
+    /// Takes whatever waits.
+    First,
+    /// Helps out.
+    Second,
+}
+
+impl Flight {
+    /// All of them: more would only make smaller statements.
+    pub const ALL: [Self; 2] = [Self::First, Self::Second];
+}
+
 impl<T, A> Gather<T, A> {
     /// Room for so many that wait.
     pub(super) fn new(room: usize) -> Self {
-        Self { queue: Mutex::default(), more: Notify::new(), room }
+        let waiting = Mutex::new(Waiting { queue: VecDeque::new(), sent: None });
+        Self { waiting, some: Notify::new(), many: Notify::new(), room }
     }
 
-    fn queue(&self) -> MutexGuard<'_, VecDeque<Asked<T, A>>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    fn waiting(&self) -> MutexGuard<'_, Waiting<T, A>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks, and waits for the answer. Whoever gives up waiting is answered all the same, unheard.
     pub(super) async fn ask(&self, item: T) -> Result<A, Unasked> {
         let (answer, answered) = oneshot::channel();
         {
-            let mut queue = self.queue();
-            if queue.len() >= self.room {
+            let mut waiting = self.waiting();
+            if waiting.queue.len() >= self.room {
                 return Err(Unasked::Full);
             }
-            queue.push_back(Asked { item, answer });
+            waiting.queue.push_back(Asked { item, answer });
+            self.some.notify_one();
+            if waiting.is_for_two() {
+                self.many.notify_one();
+            }
         }
-        self.more.notify_one();
         answered.await.map_err(|_| Unasked::Gone)
     }
 
-    /// What waits, at most so much of it, in its order; waits until there is something.
-    pub(super) async fn next(&self, limit: usize) -> Vec<Asked<T, A>> {
+    /// What waits, at most so much of it, in its order; waits until there is something for this flight.
+    pub(super) async fn next(&self, flight: Flight, limit: usize) -> Vec<Asked<T, A>> {
+        if flight == Flight::First {
+            self.waiting().sent = None;
+        }
         loop {
             {
-                let mut queue = self.queue();
-                if !queue.is_empty() {
-                    let some = queue.len().min(limit);
-                    let batch = queue.drain(..some).collect();
-                    if !queue.is_empty() {
-                        self.more.notify_one();
+                let mut waiting = self.waiting();
+                let some = waiting.queue.len().min(limit);
+                if some > 0 && (flight == Flight::First || waiting.is_for_two()) {
+                    if flight == Flight::First {
+                        waiting.sent = Some(Instant::now());
                     }
-                    return batch;
+                    return waiting.queue.drain(..some).collect();
                 }
             }
-            self.more.notified().await;
+            match flight {
+                Flight::First => self.some.notified().await,
+                Flight::Second => self.many.notified().await,
+            }
         }
+    }
+}
+
+impl<T, A> Waiting<T, A> {
+    fn is_for_two(&self) -> bool {
+        self.sent.is_some_and(|sent| self.queue.len() >= MANY || sent.elapsed() > HELD_UP)
     }
 }

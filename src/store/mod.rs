@@ -40,6 +40,7 @@ use sqlx::postgres::PgConnection;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
+pub use self::gather::Flight;
 use self::servers::Reached;
 pub use self::servers::{Refusal, Servers, Unreachable};
 

@@ -10,7 +10,7 @@ use crate::domain::{Run, Status};
 
 /// The run with this id.
 pub async fn get(connection: &mut PgConnection, id: Uuid) -> sqlx::Result<Option<Run>> {
-    let run = sqlx::query_scalar!(r#"select to_jsonb(r) as "run!: Json<Run>" from test_runs r where r.id = $1"#, id)
+    let run = sqlx::query_scalar!(r#"select row_to_json(r) as "run!: Json<Run>" from test_runs r where r.id = $1"#, id)
         .fetch_optional(connection)
         .await?;
     Ok(run.map(|run| run.0))
@@ -19,7 +19,7 @@ pub async fn get(connection: &mut PgConnection, id: Uuid) -> sqlx::Result<Option
 /// The runs with these ids, as many of them as there are, in no particular order.
 pub async fn these(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<Vec<Run>> {
     let runs =
-        sqlx::query_scalar!(r#"select to_jsonb(r) as "run!: Json<Run>" from test_runs r where r.id = any($1)"#, ids)
+        sqlx::query_scalar!(r#"select row_to_json(r) as "run!: Json<Run>" from test_runs r where r.id = any($1)"#, ids)
             .fetch_all(connection)
             .await?;
     Ok(runs.into_iter().map(|run| run.0).collect())
@@ -67,7 +67,7 @@ pub async fn list(
     let statuses = filter.status_names();
     let runs = sqlx::query_scalar!(
         r#"
-        select to_jsonb(r) as "run!: Json<Run>"
+        select row_to_json(r) as "run!: Json<Run>"
         from test_runs r
         where ($1::text is null or r.workflow_id = $1)
           and ($2::text is null or r.definition = $2)

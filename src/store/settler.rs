@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
-use super::gather::{Gather, Unasked};
+use super::gather::{Flight, Gather, Unasked};
 use super::settle::{Settled, settle};
 use super::{Db, Error};
 use crate::domain::{Lease, Outcome};
@@ -65,10 +65,10 @@ impl Settler {
         }
     }
 
-    /// Sends what is asked for, for ever: one statement after the other. Two of these at once are a good number.
-    pub async fn run(self) {
+    /// Sends what is asked for, for ever: one statement after the other. One task for each [`Flight`].
+    pub async fn run(self, flight: Flight) {
         loop {
-            let mut pieces = vec![self.ends.next(PIECE).await];
+            let mut pieces = vec![self.ends.next(flight, PIECE).await];
             while let Some(piece) = pieces.pop() {
                 let outcomes: Vec<(Lease, Outcome)> = piece.iter().map(|asked| asked.item.clone()).collect();
                 match self.db.with(async |connection| settle(connection, &outcomes, None).await).await {

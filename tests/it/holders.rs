@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use singletrack::api::{Api, Facts, Shared, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
+use singletrack::store::Flight;
 use singletrack::store::enqueuer::Enqueuer;
 use singletrack::store::settler::Settler;
 use sqlx::PgPool;
@@ -222,7 +223,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
     let listen = listener.local_addr().unwrap();
     let facts = Facts::new(listen, None, Duration::from_secs(1), Terms::default(), Duration::from_secs(60));
     let enqueuer = Enqueuer::new(test.db.clone(), test.db.clone());
-    tokio::spawn(enqueuer.clone().run());
+    tokio::spawn(enqueuer.clone().run(Flight::First));
     let api = Api::from(Shared {
         db: test.db.clone(),
         flights: test.db.clone(),
