@@ -7,14 +7,16 @@
 //!
 //! # One run, from the request to its end
 //!
-//! 1. `POST /api/v1/workflows/{id}/runs` reaches [`api`], which parses and calls [`store::enqueue`], by way of
-//!    [`store::batch`], which repeats what got lost and takes apart what is blocked: one statement that looks for a holder, inserts if there is none, and writes the first event. 202 is answered after its commit.
+//! 1. `POST /api/v1/workflows/{id}/runs` reaches [`api`], which parses and hands the request to [`store::enqueuer`]: while one statement
+//!    is in flight requests gather, and the next takes all of them. It looks for holders, inserts where there is none, and writes the
+//!    first events; who asks for a slot that somebody else in it asked for first is told of that one's holder. [`store::batch`] repeats
+//!    what got lost and takes apart what is blocked. 202 is answered after the commit, which also notifies the other replicas.
 //! 2. The dispatcher of some replica ([`engine::dispatcher`]) claims it ([`store::claim`]): `FOR UPDATE SKIP LOCKED`, up to
 //!    the replica's free capacity, with a new fence and a secret. Together they are the [`domain::Lease`].
 //! 3. One attempt (`engine/attempt.rs`) has an [`executor`] do the work and stores the log: a command behind its guard, a
 //!    request, or a handler of the program this is embedded in. [`engine::heartbeat`] renews the lease in `run_leases`, on a
 //!    connection of its own.
-//! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`]): the run becomes final and the slot is
+//! 4. The attempt's [`domain::Outcome`] is settled under the lease ([`store::settle`], gathered by [`store::settler`]): the run becomes final and the slot is
 //!    free, or it is queued for its next attempt and keeps the slot; attempt and event are written by the same statement.
 //!    What an end comes to is one table, [`domain::status`].
 //! 5. Somebody cancels it ([`store::control`]): the request is a column of the row; a notification, which may get lost, makes
@@ -51,7 +53,7 @@
 //! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function
 //! knows of its run, and [`executor::handler`] says what it has to heed. [`config::Settings`] become the [`config::Config`],
 //! [`Stop`] ends it. Workflows are defined and runs are started by any program: over HTTP, or with [`store::workflows::put`] and
-//! [`store::enqueue::enqueue`]. `examples/embedded.rs` does all of it.
+//! a [`Client`], which gathers as the API does. `examples/embedded.rs` does all of it.
 //!
 //! # Where things live
 //!
@@ -77,6 +79,7 @@
 //!   the caller must match ([`store::settle::Settled::Lost`]).
 //! - A final row never changes. Fences only grow.
 //! - A renewal and the reaper meet on the same `run_leases` row: no worker is told that it holds what the reaper has ended.
+//! - Whoever settles waits for nobody's lock: a run that somebody has locked is tried again by itself, and delays no other.
 //! - Renewals lock nothing but `run_leases`: whoever locks a run by hand costs nobody a lease.
 //! - When the worker of a command settles its attempt, nothing is alive that the command has started. Its guard ends it in time
 //!   for the reaper also when that worker is dead or frozen ([`executor::command::guard`]).

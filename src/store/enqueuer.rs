@@ -36,6 +36,9 @@ type Answer = Result<Enqueued, Arc<Error>>;
 /// `None`: it takes a closer look, or waiting; nothing was done for it.
 type Found = Option<Answer>;
 
+/// Those who ask for one slot, in their order.
+type Asking = VecDeque<Asked<Arc<Request>, (When, Found)>>;
+
 /// When an answer is to be given.
 #[derive(Clone, Copy)]
 enum When {
@@ -122,7 +125,7 @@ impl Enqueuer {
     /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
     pub async fn run(self, flight: Flight) {
         loop {
-            let mut open: BTreeMap<WorkflowId, VecDeque<Asked<_, _>>> = BTreeMap::new();
+            let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
             for asked in self.0.requests.next(flight, PIECE).await {
                 open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
             }
@@ -134,7 +137,7 @@ impl Enqueuer {
 
     /// One statement over the first request of each workflow. What that one is told without having changed anything is the answer to all
     /// who ask the same: they asked before the statement began.
-    async fn send(&self, open: &mut BTreeMap<WorkflowId, VecDeque<Asked<Arc<Request>, (When, Found)>>>) {
+    async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
         let answers = enqueue_to(&self.0.flights, &requests, PATIENCE, Depth::AtOnce).await;

@@ -119,3 +119,72 @@ impl<T, A> Waiting<T, A> {
         self.sent.is_some_and(|sent| self.queue.len() >= MANY || sent.elapsed() > HELD_UP)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::task::JoinSet;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    /// Asks, and waits until that can be seen.
+    async fn ask(gather: &Arc<Gather<usize, usize>>, asking: &mut JoinSet<Option<usize>>, items: std::ops::Range<usize>) {
+        let before = gather.waiting().queue.len();
+        for item in items.clone() {
+            let gather = gather.clone();
+            asking.spawn(async move { gather.ask(item).await.ok() });
+        }
+        while gather.waiting().queue.len() < before + items.len() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn items(batch: &[Asked<usize, usize>]) -> Vec<usize> {
+        batch.iter().map(|asked| asked.item).collect()
+    }
+
+    #[tokio::test]
+    async fn what_comes_meanwhile_is_taken_together_and_each_gets_its_own_answer() {
+        let (gather, mut asking) = (Arc::new(Gather::new(100)), JoinSet::new());
+        ask(&gather, &mut asking, 0..1).await;
+        let first = gather.next(Flight::First, 10).await;
+        assert_eq!(items(&first), [0], "who comes when nothing is in flight does not wait");
+        ask(&gather, &mut asking, 1..4).await;
+        first.into_iter().for_each(|asked| asked.answer(100));
+        let mut second = gather.next(Flight::First, 2).await;
+        assert_eq!(items(&second), [1, 2]);
+        drop(second.pop());
+        second.into_iter().for_each(|asked| asked.answer(101));
+        assert_eq!(items(&gather.next(Flight::First, 2).await), [3]);
+        let mut answers = asking.join_all().await;
+        answers.sort();
+        assert_eq!(answers, [None, None, Some(100), Some(101)], "one that was dropped is told so");
+    }
+
+    #[tokio::test]
+    async fn beyond_its_room_nothing_waits() {
+        let (gather, mut asking) = (Arc::new(Gather::new(2)), JoinSet::new());
+        ask(&gather, &mut asking, 0..2).await;
+        assert!(matches!(gather.ask(2).await, Err(Unasked::Full)));
+        gather.next(Flight::First, 1).await;
+        ask(&gather, &mut asking, 3..4).await;
+    }
+
+    #[tokio::test]
+    async fn a_second_flight_helps_where_much_waits_or_the_first_is_held_up() {
+        let (gather, mut asking) = (Arc::new(Gather::new(1000)), JoinSet::new());
+        ask(&gather, &mut asking, 0..1).await;
+        let nothing = Duration::from_millis(1);
+        assert!(timeout(nothing, gather.next(Flight::Second, 10)).await.is_err(), "that is the first one's");
+        gather.next(Flight::First, 10).await;
+        ask(&gather, &mut asking, 1..2).await;
+        assert!(timeout(nothing, gather.next(Flight::Second, 10)).await.is_err(), "the first is soon back");
+        ask(&gather, &mut asking, 2..1 + MANY).await;
+        assert_eq!(gather.next(Flight::Second, 1000).await.len(), MANY);
+        gather.waiting().sent = Instant::now().checked_sub(2 * HELD_UP);
+        ask(&gather, &mut asking, 200..201).await;
+        assert_eq!(items(&gather.next(Flight::Second, 10).await), [200]);
+    }
+}

@@ -183,7 +183,7 @@ async fn what_a_target_takes_over_needs_no_worker_any_more_and_ends_by_its_token
     let test = TestDb::new().await;
     let target = Target::new(takes_over).await;
     // Nothing but the claim of another run stands in such an answer here: nobody reads runs by way of this proxy.
-    let proxy = Proxy::to(&test, "\"status\": \"running\"");
+    let proxy = Proxy::to(&test, "\"type\": \"");
     let worker = Replica::with(&proxy.test, one_at_once()).await;
     let api = Replica::api_only(&test).await;
     target.define(&api.client, "w", json!({})).await;
