@@ -205,7 +205,7 @@ pub async fn run(
 /// and executes nothing but handlers; stale runs of any kind are ended here too. `examples/embedded.rs` is a whole program.
 ///
 /// - `config` is made by [`Settings::resolve`](crate::config::Settings::resolve) and must have a [`Config::database_url`]. At most
-///   [`Worker::capacity`](crate::config::Worker) handlers run at once. There are up to [`Config::pool_size`] connections and two more.
+///   [`Worker::capacity`](crate::config::Worker) handlers run at once. There are up to [`Config::pool_size`] connections and ten more.
 /// - It wants a runtime of Tokio with time and I/O; one of several threads, where handlers compute.
 /// - The program's own `tracing` subscriber gets the log, and its own signal handlers call [`Stop::ask`].
 /// - Whoever drops the future instead has the handlers told to stop ([`StopCause::Shutdown`]), as after the second asking, but

@@ -130,7 +130,11 @@ mod tests {
     use super::*;
 
     /// Asks, and waits until that can be seen.
-    async fn ask(gather: &Arc<Gather<usize, usize>>, asking: &mut JoinSet<Option<usize>>, items: std::ops::Range<usize>) {
+    async fn ask(
+        gather: &Arc<Gather<usize, usize>>,
+        asking: &mut JoinSet<Option<usize>>,
+        items: std::ops::Range<usize>,
+    ) {
         let before = gather.waiting().queue.len();
         for item in items.clone() {
             let gather = gather.clone();

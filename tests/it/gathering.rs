@@ -35,7 +35,11 @@ async fn a_slot_that_a_transaction_keeps_locked_costs_only_those_who_want_it() {
     assert!(batch.body["results"].as_array().unwrap().iter().all(|result| result["status"] == 202), "{batch:?}");
 
     for answer in wanting.join_all().await {
-        assert_eq!((answer.status, answer.cause()), (503, "database-busy"), "nobody knows yet who has the slot: {answer:?}");
+        assert_eq!(
+            (answer.status, answer.cause()),
+            (503, "database-busy"),
+            "nobody knows yet who has the slot: {answer:?}"
+        );
     }
     open.commit().await.unwrap();
     let answer = client.enqueue("held").await;

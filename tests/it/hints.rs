@@ -34,7 +34,11 @@ async fn a_replica_hears_of_what_another_enqueued_and_not_of_its_own() {
     assert_eq!(another.client.enqueue("w").await.status, 409);
     let run_id = another.client.enqueue("w@other").await.run_id();
     assert_eq!(next(&mut hints).await, Hint::Queued);
-    sqlx::query("select pg_notify('singletrack_cancel', $1)").bind(run_id.to_string()).execute(&test.sql).await.unwrap();
+    sqlx::query("select pg_notify('singletrack_cancel', $1)")
+        .bind(run_id.to_string())
+        .execute(&test.sql)
+        .await
+        .unwrap();
     assert_eq!(next(&mut hints).await, Hint::Cancel(run_id));
     assert!(timeout(Duration::from_millis(1), hints.next()).await.is_err());
     another.finish().await;

@@ -83,7 +83,7 @@ async fn only_runs_of_pull_workflows_are_given_and_no_worker_of_a_replica_takes_
     assert_eq!(row(&test.sql, pulled).await["status"], "queued");
 
     let idle = Replica::api_only(&test).await;
-    drop(replica);
+    replica.finish().await;
     let executed = eventually("the slot is free", LIMIT, async || {
         let answer = idle.client.enqueue("executed").await;
         (answer.status == 202).then(|| answer.run_id())

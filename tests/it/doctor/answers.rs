@@ -54,7 +54,7 @@ async fn a_finding_is_said_with_its_rows_its_meaning_and_its_remedy_and_1() {
         ),
         "{out}"
     );
-    assert!(out.contains("\n           remedy: CREATE INDEX CONCURRENTLY test_runs_newest ON test_runs USING btree (created_at DESC, id DESC);\n"), "{out}");
+    assert!(out.contains("\n           remedy: CREATE INDEX CONCURRENTLY test_runs_newest ON test_runs USING btree (created_at, id);\n"), "{out}");
     assert_eq!(out.lines().filter(|line| line.starts_with("           - ")).count(), 11, "{out}");
     assert!(out.contains("\n           - and 1 more\n"), "{out}");
     assert!(out.ends_with("checks: 2 with findings\n"), "{out}");

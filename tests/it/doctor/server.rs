@@ -7,7 +7,7 @@ use singletrack::domain::Status;
 use sqlx::PgPool;
 
 use super::{TERMS, check, clean, look, only, plant, report};
-use crate::support::database::{TestDb, own_postgres};
+use crate::support::database::{TestDb, new_postgres, own_postgres};
 use crate::support::{eventually, plant as planted};
 
 /// What is said of a check, by what is wrong.
@@ -155,7 +155,7 @@ async fn an_old_snapshot_is_found_with_its_session() {
 
 #[tokio::test]
 async fn what_a_restart_does_not_end_is_found() {
-    let mut postgres = own_postgres("doctor-prepared");
+    let mut postgres = new_postgres("doctor-prepared");
     let test = TestDb::on(&postgres).await;
     each(&test.sql, &["alter system set max_prepared_transactions = 2"]).await;
     test.sql.close().await;
@@ -193,7 +193,7 @@ async fn connections_that_cannot_be_had_are_found() {
     let finding = only(&report(&test).await, "room");
     assert_eq!(
         finding.what,
-        "30 replicas may want 360 connections (SINGLETRACK_POOL_SIZE=10 and 2 each), and there are 297"
+        "30 replicas may want 600 connections (SINGLETRACK_POOL_SIZE=10 and 10 each), and there are 297"
     );
     clean(&look(&test.options(), &Terms { pool_size: 5, ..TERMS }).await);
 }
