@@ -189,11 +189,11 @@ async fn what_a_restart_does_not_end_is_found() {
 #[tokio::test]
 async fn connections_that_cannot_be_had_are_found() {
     let test = TestDb::new().await;
-    plant(&test, "insert into workers (name, executor_types, version) select 'r' || n, '{command}', '0.1.0' from generate_series(1, 30) n").await;
+    plant(&test, "insert into workers (name, executor_types, version) select 'r' || n, '{command}', '0.1.0' from generate_series(1, 16) n").await;
     let finding = only(&report(&test).await, "room");
     assert_eq!(
         finding.what,
-        "30 replicas may want 600 connections (SINGLETRACK_POOL_SIZE=10 and 10 each), and there are 297"
+        "16 replicas may want 320 connections (SINGLETRACK_POOL_SIZE=10 and 10 each), and there are 297"
     );
     clean(&look(&test.options(), &Terms { pool_size: 5, ..TERMS }).await);
 }
