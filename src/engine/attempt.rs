@@ -76,6 +76,10 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bo
             Ok(Settled::Busy) if ctx.held.cause(lease) != Some(StopCause::LeaseLost) => {
                 tracing::debug!("somebody has the run locked; trying again");
             }
+            Ok(Settled::Busy) => {
+                tracing::warn!("the lease was lost before the outcome could be recorded");
+                return false;
+            }
             Ok(settled) => {
                 report(settled, verdict, took);
                 return true;

@@ -197,6 +197,23 @@ pub(super) async fn enqueue_within(
     // Those of one workflow stay in their order, and two batches lock in the same one.
     closely.sort_by_key(|&index| (&requests[index].workflow_id, index));
     set_lock_timeout(connection, patience).await?;
+    let looked = closely_in_turn(connection, requests, closely, repeated).await;
+    // Whoever has the connection next waits as long as everybody does.
+    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
+    for (index, answer) in looked? {
+        answers[index] = Some(answer);
+    }
+    Ok(answers)
+}
+
+/// Looks closely at those of `requests`, until each is decided or has been looked at often enough.
+async fn closely_in_turn(
+    connection: &mut PgConnection,
+    requests: &[&Request],
+    mut closely: Vec<usize>,
+    repeated: bool,
+) -> sqlx::Result<Vec<(usize, Enqueued)>> {
+    let mut answers = Vec::with_capacity(closely.len());
     for _ in 0..LOOKS {
         if closely.is_empty() {
             break;
@@ -209,13 +226,12 @@ pub(super) async fn enqueue_within(
         let mut undecided = Vec::new();
         for (index, answer) in closely.into_iter().zip(found) {
             match answer {
-                Some(answer) => answers[index] = Some(answer),
+                Some(answer) => answers.push((index, answer)),
                 None => undecided.push(index),
             }
         }
         closely = undecided;
     }
-    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
     Ok(answers)
 }
 
