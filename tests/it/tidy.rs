@@ -14,7 +14,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["domain", "store", "executor", "config"]),
     ("api", &["domain", "store"]),
     ("dev", &[]),
-    ("app", &["api", "config", "domain", "engine", "executor", "store"]),
+    ("ui", &[]),
+    ("app", &["api", "config", "domain", "engine", "executor", "store", "ui"]),
     ("cli", &["app", "config", "dev", "domain", "telemetry", "tls"]),
 ];
 
