@@ -76,6 +76,7 @@ async fn claim_many(db: Db, number: usize, wanted: usize) -> Result<(usize, Late
         executor_types: &executor_types,
         workflows: None,
         claim_id: None,
+        recent: None,
         limit: LIMIT,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,

@@ -16,7 +16,7 @@ use super::{Api, Terms, to_its_end};
 use crate::domain::workflow::check_queue;
 use crate::domain::{Run, WorkflowId};
 use crate::store;
-use crate::store::claim::{Claim, Claimed, claim as claim_runs, taken_before};
+use crate::store::claim::{Claim, Claimed, FRESH, RECENT, claim as claim_runs, taken_before};
 use crate::store::workers::Subscription;
 
 /// How often a claim that waits looks for runs, at most; for those that its own replica enqueues it is woken.
@@ -169,12 +169,17 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
     let wanted = Arc::new(wanted);
     let subscription = wanted.subscription();
+    let mut clear: Option<Instant> = None;
     while !api.draining.is_cancelled() {
         // Listening before it looks, or it would miss what is enqueued in between.
         let mut woken = pin!(api.wake_pull.notified());
         woken.as_mut().enable();
         api.notes.presence.seen(&wanted.worker, &subscription);
-        let claimed = take(&api, &wanted).await?;
+        let recent = clear.filter(|clear| clear.elapsed() < FRESH).map(|_| RECENT);
+        if recent.is_none() {
+            clear = Some(Instant::now());
+        }
+        let claimed = take(&api, &wanted, recent).await?;
         let left = wait.saturating_sub(since.elapsed());
         if !claimed.is_empty() || left.is_zero() {
             let runs = claimed.into_iter().map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
@@ -200,10 +205,10 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
 }
 
 /// Claims once.
-async fn take(api: &Api, wanted: &Arc<NewClaim>) -> Result<Vec<Claimed>, Problem> {
+async fn take(api: &Api, wanted: &Arc<NewClaim>, recent: Option<Duration>) -> Result<Vec<Claimed>, Problem> {
     let work = {
         let (api, wanted) = (api.clone(), wanted.clone());
-        async move { take_surely(&api, &wanted).await }
+        async move { take_surely(&api, &wanted, recent).await }
     };
     let claimed = to_its_end(work).await?.map_err(|error| match error.outcome_unknown() {
         true => Problem::claim_unknown(&error, wanted.claim_id.is_some()),
@@ -217,7 +222,7 @@ async fn take(api: &Api, wanted: &Arc<NewClaim>) -> Result<Vec<Claimed>, Problem
 
 /// When a claim's outcome is unknown, the same claim is repeated on another connection: it finds what the first one took, or
 /// waits for it at the unique index. Only that it finds nothing proves nothing, for the first may still commit.
-async fn take_surely(api: &Api, wanted: &NewClaim) -> Result<Vec<Claimed>, store::Error> {
+async fn take_surely(api: &Api, wanted: &NewClaim, recent: Option<Duration>) -> Result<Vec<Claimed>, store::Error> {
     let (terms, executor_types) = (&api.facts.terms, ["pull".to_owned()]);
     let request = Claim {
         worker: &wanted.worker,
@@ -225,6 +230,7 @@ async fn take_surely(api: &Api, wanted: &NewClaim) -> Result<Vec<Claimed>, store
         executor_types: &executor_types,
         workflows: wanted.workflows.as_deref(),
         claim_id: wanted.claim_id.as_deref(),
+        recent,
         limit: wanted.max,
         timeout_seconds: i32::try_from(terms.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(terms.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),

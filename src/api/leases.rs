@@ -270,7 +270,7 @@ pub(super) async fn finish(
     let settled =
         to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
     api.look_again(); // a slot may have been handed on
-    let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
+    let found = api.flights.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {
         let result = match settled {

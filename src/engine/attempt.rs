@@ -39,7 +39,7 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: Ow
 async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, permit: OwnedSemaphorePermit) {
     let lease = claimed.lease;
     if ctx.hurry.is_cancelled() {
-        return give_back(ctx, lease).await;
+        return Box::pin(give_back(ctx, lease)).await;
     }
     let started = Instant::now();
     holding.begin();
@@ -50,7 +50,7 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, p
     ctx.wake.notify_one();
     let over = match ended {
         Ended::Outcome(outcome) => record(ctx, lease, outcome, started.elapsed()).await,
-        Ended::HandedOver { seconds } => hand_over(ctx, lease, seconds).await,
+        Ended::HandedOver { seconds } => Box::pin(hand_over(ctx, lease, seconds)).await,
     };
     if over {
         holding.end();

@@ -1,13 +1,21 @@
 //! Claiming due runs, renewing what was claimed, and giving it back.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use serde_json::value::RawValue;
 use sqlx::PgConnection;
+use sqlx::postgres::types::PgInterval;
 use sqlx::types::Json;
 use uuid::Uuid;
 
 use crate::domain::{Lease, Run, Status};
+
+/// For so long after a look that left nothing due it is enough to look at what became due of late...
+pub const FRESH: Duration = Duration::from_millis(500);
+/// ...within so long. What is committed later than that after it became due, or comes back with an older time, is found by the next look at
+/// all.
+pub const RECENT: Duration = Duration::from_secs(10);
 
 /// What a worker asks for when it claims.
 #[derive(Clone, Debug)]
@@ -22,6 +30,9 @@ pub struct Claim<'a> {
     pub workflows: Option<&'a [String]>,
     /// Under which id a repetition of this claim is known.
     pub claim_id: Option<&'a str>,
+    /// Only runs that became due within so long: who has just seen that nothing else was due need not walk past what others have
+    /// claimed since, which takes long while an old snapshot keeps vacuum from removing it. `None` for all.
+    pub recent: Option<Duration>,
     /// How many runs at most: its free capacity.
     pub limit: i64,
     /// The time limit of runs whose workflow gives none.
@@ -71,6 +82,7 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
         claim.heartbeat_timeout_seconds,
         claim.workflows,
         claim.claim_id,
+        claim.recent.and_then(|recent| PgInterval::try_from(recent).ok()),
     )
     .fetch_all(connection)
     .await?;

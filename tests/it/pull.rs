@@ -163,6 +163,7 @@ async fn a_claim_that_is_sent_twice_at_once_takes_its_runs_once() {
         executor_types: &executor_types,
         workflows: None,
         claim_id: Some("one"),
+        recent: None,
         limit: 2,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,

@@ -322,6 +322,7 @@ async fn take(test: &TestDb) -> Lease {
         executor_types: &types,
         workflows: None,
         claim_id: None,
+        recent: None,
         limit: 1,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,

@@ -4,6 +4,7 @@ with due as materialized (
     from test_runs
     where status = 'queued'
       and available_at <= now()
+      and available_at >= coalesce(now() - $9::interval, '-infinity')
       and executor_type = any($3::text[])
       and ($2::text[] is null or queue = any($2::text[]))
       and ($7::text[] is null or workflow_id = any($7::text[]) or definition = any($7::text[]))

@@ -52,6 +52,7 @@ pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result
         executor_types: &executor_types,
         workflows: None,
         claim_id: None,
+        recent: None,
         limit,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,

@@ -25,6 +25,7 @@ impl Subject {
             executor_types: &all,
             workflows: Some(&[name]),
             claim_id: None,
+            recent: None,
             limit: 100,
             timeout_seconds: 600,
             heartbeat_timeout_seconds: 60,
