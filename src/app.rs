@@ -32,6 +32,8 @@ use crate::executor::handler::Handlers;
 use crate::executor::http;
 pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
+use crate::store::logs::{Bound, PIECES};
+use crate::store::reports::Reports;
 use crate::store::retention::{Ages, SQL_KEY};
 use crate::store::settler::Settler;
 use crate::store::{self, Db, Flight, migrate, pooler};
@@ -166,6 +168,7 @@ pub async fn run(
         flights: ctx.flights.clone(),
         enqueuer: enqueuer.clone(),
         settler: ctx.settler.clone(),
+        reports: ctx.reports.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
         facts: Arc::new(Facts::new(
@@ -185,7 +188,7 @@ pub async fn run(
     let mut parts = Parts::default();
     let over = CancellationToken::new();
     parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), |flight| enqueuer.clone().run(flight));
-    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), |flight| ctx.settler.clone().run(flight));
+    spawn_gathered(&mut parts, &ctx, &over);
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
@@ -237,11 +240,7 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
     let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
     let mut parts = Parts::default();
-    parts.spawn_flights(
-        "ends",
-        || settled(ctx.clone(), ctx.draining.clone()),
-        |flight| ctx.settler.clone().run(flight),
-    );
+    spawn_gathered(&mut parts, &ctx, &ctx.draining);
     work(&config, &servers, ctx, parts, &stop, || ()).await
 }
 
@@ -321,9 +320,11 @@ fn context(
     let listen = listen.unwrap_or(config.listen);
     let db = Db::new(servers.clone(), config.pool_size, store::LIMIT);
     let flights = db.flights(FLIGHT_CONNECTIONS);
+    let bound = Bound { bytes: i64::try_from(worker.log_bytes).unwrap_or(i64::MAX), pieces: PIECES };
     let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
     Ok(engine::Ctx {
         settler: Settler::new(flights.clone()),
+        reports: Reports::new(flights.clone(), bound),
         flights,
         db,
         lease_db: Db::new(servers.clone(), 1, renewal_limit),
@@ -358,6 +359,13 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
     if let Err(error) = server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await {
         tracing::error!(%error, "the API ended");
     }
+}
+
+/// What is gathered from attempts is sent as long as there are any, and nothing is `over` that may ask for more.
+fn spawn_gathered(parts: &mut Parts, ctx: &engine::Ctx, over: &CancellationToken) {
+    let over = || settled(ctx.clone(), over.clone());
+    parts.spawn_flights("ends", over, |flight| ctx.settler.clone().run(flight));
+    parts.spawn_flights("reports", over, |flight| ctx.reports.clone().run(flight));
 }
 
 /// Waits until nothing is to be settled any more: after `over`, when no attempt is left.

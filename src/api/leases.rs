@@ -17,7 +17,7 @@ use crate::domain::object::objects;
 use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
 use crate::store::claim::{self, Renewal};
-use crate::store::logs::{self, Bound, LAST_SEQ};
+use crate::store::logs::{LAST_SEQ, Piece as StoredPiece};
 use crate::store::runs;
 use crate::store::settle::Settled;
 
@@ -28,8 +28,6 @@ const MOST_LEASES: usize = 1000;
 const ERROR_BYTES: usize = 4 << 10;
 /// Longest piece of log, in bytes.
 const TEXT_BYTES: usize = 64 << 10;
-/// Pieces of log kept of one attempt.
-const PIECES: i64 = 10_000;
 
 /// The token of a lease, as a claim or an http call handed it over.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::ToSchema)]
@@ -172,11 +170,9 @@ pub(super) async fn heartbeat(
         [("progress", beat.progress.as_ref().and_then(|said| too_long(json_size(said), PROGRESS_BYTES)))]
     };
     let heartbeats = heartbeats.checked(|beat| beat.token, check)?;
-    let leases: Vec<Lease> = heartbeats.iter().map(|beat| beat.token.0).collect();
-    let said = |beat: Heartbeat| Some((beat.token.0.fence, beat.progress?));
-    let progress: HashMap<i64, Value> = heartbeats.into_iter().filter_map(said).collect();
-    let renew = async move { api.db.with(async |connection| claim::renew(connection, &leases, &progress).await).await };
-    Ok(answers(to_its_end(renew).await??.into_iter().map(Heard::from)))
+    let leases = heartbeats.into_iter().map(|beat| (beat.token.0, beat.progress)).collect();
+    let renewals = api.reports.renew(leases).await.map_err(|error| Problem::from(&*error))?;
+    Ok(answers(renewals.into_iter().map(Heard::from)))
 }
 
 /// The end of an attempt.
@@ -362,10 +358,7 @@ pub(super) async fn logs(State(api): State<Api>, Json(piece): Json<Piece>) -> Re
     if !mistakes.is_empty() {
         return Err(Problem::invalid(mistakes));
     }
-    let chunk = LogChunk { stream, text };
-    let bound = Bound { bytes: i64::try_from(api.facts.terms.log_bytes).unwrap_or(i64::MAX), pieces: PIECES };
-    let work = async move {
-        api.db.with(async |connection| logs::append_one(connection, lease, seq, &chunk, bound).await).await
-    };
-    if to_its_end(work).await?? { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::lease_lost(lease.run_id)) }
+    let piece = StoredPiece { lease, seq, chunk: LogChunk { stream, text } };
+    let is_held = api.reports.print_piece(piece).await.map_err(|error| Problem::from(&*error))?;
+    if is_held { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::lease_lost(lease.run_id)) }
 }

@@ -43,6 +43,7 @@ use uuid::Uuid;
 use crate::domain::Run;
 use crate::store::Db;
 use crate::store::enqueuer::Enqueuer;
+use crate::store::reports::Reports;
 use crate::store::settler::Settler;
 
 pub use notes::{LAST_NOTES, Notes, keep_notes};
@@ -83,6 +84,8 @@ pub struct Shared {
     pub enqueuer: Enqueuer,
     /// Settles attempts, many at once.
     pub settler: Settler,
+    /// Passes on what workers say while they work, many at once.
+    pub reports: Reports,
     /// Told when something was enqueued for the workers of this replica.
     pub wake: Arc<Notify>,
     /// Told when something was enqueued that is claimed over HTTP.

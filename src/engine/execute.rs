@@ -1,5 +1,6 @@
 //! Which executor does an attempt, and where its log goes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize as _;
@@ -13,7 +14,6 @@ use crate::executor::command::{self, Invocation, Limits};
 use crate::executor::handler::{self, Handlers};
 use crate::executor::http;
 use crate::store::claim::Claimed;
-use crate::store::logs;
 
 /// Pieces of log that may wait for the database; then whoever writes them waits.
 const LOG_BACKLOG: usize = 64;
@@ -139,9 +139,9 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
     let mut seq = 0;
     let mut batch = Vec::new();
     while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
+        let printed: Arc<[LogChunk]> = batch.drain(..).collect();
         let mut patience = Patience::default();
-        let append = async || ctx.db.with(async |connection| logs::append(connection, lease, seq, &batch).await).await;
-        while let Err(error) = Box::pin(append()).await {
+        while let Err(error) = ctx.reports.print(lease, seq, printed.clone()).await {
             if !error.is_passing() {
                 tracing::error!(%error, "a piece of the log can't be stored");
                 break;
@@ -152,7 +152,6 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
             }
             patience.wait(&error).await;
         }
-        seq += i64::try_from(batch.len()).unwrap_or_default();
-        batch.clear();
+        seq += i64::try_from(printed.len()).unwrap_or_default();
     }
 }

@@ -23,6 +23,7 @@ pub mod pauses;
 pub mod pooler;
 pub mod reap;
 pub mod refusals;
+pub mod reports;
 pub mod retention;
 pub mod runs;
 pub mod schedules;

@@ -12,6 +12,8 @@ use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
 use singletrack::store::Flight;
 use singletrack::store::enqueuer::Enqueuer;
+use singletrack::store::logs::Bound;
+use singletrack::store::reports::Reports;
 use singletrack::store::settler::Settler;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
@@ -229,6 +231,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         flights: test.db.clone(),
         enqueuer,
         settler: Settler::new(test.db.clone()),
+        reports: Reports::new(test.db.clone(), Bound { bytes: 1000, pieces: 10 }),
         wake: Arc::default(),
         wake_pull: Arc::default(),
         wake_scheduler: Arc::default(),

@@ -381,7 +381,8 @@ async fn a_log_is_read_in_the_order_of_its_making_whole_or_by_attempt() {
     }
     let chunk = |stream, text: &str| LogChunk { stream, text: text.to_owned() };
     let chunks = [chunk(Stream::Stderr, "a"), chunk(Stream::Stdout, "b"), chunk(Stream::System, "c")];
-    test.db.with(async |connection| logs::append(connection, lease, 1, &chunks).await).await.unwrap();
+    let printed = [(lease, 1, chunks.into())];
+    test.db.with(async |connection| logs::append(connection, &printed).await).await.unwrap();
 
     let path = format!("/api/v1/runs/{}/logs", lease.run_id);
     let texts = |entries: &[Value]| -> String { entries.iter().map(|entry| entry["text"].as_str().unwrap()).collect() };
