@@ -1,6 +1,5 @@
 //! Which executor does an attempt, and where its log goes.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize as _;
@@ -14,6 +13,7 @@ use crate::executor::command::{self, Invocation, Limits};
 use crate::executor::handler::{self, Handlers};
 use crate::executor::http;
 use crate::store::claim::Claimed;
+use crate::store::logs::Printed;
 
 /// Pieces of log that may wait for the database; then whoever writes them waits.
 const LOG_BACKLOG: usize = 64;
@@ -139,9 +139,9 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
     let mut seq = 0;
     let mut batch = Vec::new();
     while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
-        let printed: Arc<[LogChunk]> = batch.drain(..).collect();
+        let printed = Printed { lease, first_seq: seq, chunks: batch.drain(..).collect() };
         let mut patience = Patience::default();
-        while let Err(error) = ctx.reports.print(lease, seq, printed.clone()).await {
+        while let Err(error) = ctx.reports.print(printed.clone()).await {
             if !error.is_passing() {
                 tracing::error!(%error, "a piece of the log can't be stored");
                 break;
@@ -152,6 +152,6 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
             }
             patience.wait(&error).await;
         }
-        seq += i64::try_from(printed.len()).unwrap_or_default();
+        seq += i64::try_from(printed.chunks.len()).unwrap_or_default();
     }
 }

@@ -9,11 +9,22 @@ use uuid::Uuid;
 
 use crate::domain::{Lease, LogChunk, Stream};
 
+/// Pieces of an attempt's log.
+#[derive(Clone, Debug)]
+pub struct Printed {
+    /// The attempt's.
+    pub lease: Lease,
+    /// The number of the first of them.
+    pub first_seq: i64,
+    /// What was printed, in its order.
+    pub chunks: Arc<[LogChunk]>,
+}
+
 /// Stores pieces of the logs of attempts, those of each numbered from the number given with them. What is there already is not doubled;
 /// of attempts whose lease is gone nothing is stored.
-pub async fn append(connection: &mut PgConnection, printed: &[(Lease, i64, Arc<[LogChunk]>)]) -> sqlx::Result<()> {
-    let numbered = printed.iter().flat_map(|(lease, first, chunks)| {
-        (*first..).zip(&**chunks).map(|(seq, LogChunk { stream, text })| (*lease, *stream, seq, text.clone()))
+pub async fn append(connection: &mut PgConnection, printed: &[Printed]) -> sqlx::Result<()> {
+    let numbered = printed.iter().flat_map(|Printed { lease, first_seq, chunks }| {
+        (*first_seq..).zip(&**chunks).map(|(seq, LogChunk { stream, text })| (*lease, *stream, seq, text.clone()))
     });
     let Columns { run_ids, fences, secrets, streams, seqs, texts } = numbered.collect();
     sqlx::query!(

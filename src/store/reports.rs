@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use super::claim::{Renewal, renew};
 use super::gather::{Flight, Gather};
-use super::logs::{self, Bound, Piece};
+use super::logs::{self, Bound, Piece, Printed};
 use super::{Db, Error};
-use crate::domain::{Lease, LogChunk};
+use crate::domain::Lease;
 
 /// Renewals, attempts whose log goes on, and numbered pieces of log that may wait to be sent.
 const ROOM: [usize; 3] = [50_000, 10_000, 10_000];
@@ -27,7 +27,7 @@ struct Inner {
     db: Db,
     bound: Bound,
     renewals: Gather<(Lease, Option<Value>), Answer<Renewal>>,
-    printed: Gather<(Lease, i64, Arc<[LogChunk]>), Answer<()>>,
+    printed: Gather<Printed, Answer<()>>,
     pieces: Gather<Piece, Answer<bool>>,
 }
 
@@ -47,12 +47,12 @@ impl Reports {
         try_join_all(leases.into_iter().map(|beat| async { self.0.renewals.ask(beat).await? })).await
     }
 
-    /// Stores pieces of an attempt's log, numbered from `first_seq`, as [`logs::append`] does.
+    /// Stores pieces of an attempt's log, as [`logs::append`] does.
     ///
     /// # Errors
     /// Those of the statement.
-    pub async fn print(&self, lease: Lease, first_seq: i64, chunks: Arc<[LogChunk]>) -> Answer<()> {
-        self.0.printed.ask((lease, first_seq, chunks)).await?
+    pub async fn print(&self, printed: Printed) -> Answer<()> {
+        self.0.printed.ask(printed).await?
     }
 
     /// Stores a piece of log under the number that its worker gave it, as [`logs::append_pieces`] does; whether the lease holds.

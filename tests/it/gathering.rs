@@ -5,7 +5,7 @@ use serde_json::json;
 use singletrack::domain::{Lease, LogChunk, Status, Stream};
 use singletrack::store::Flight;
 use singletrack::store::claim::Renewal;
-use singletrack::store::logs::{Bound, Piece};
+use singletrack::store::logs::{Bound, Piece, Printed};
 use singletrack::store::reports::Reports;
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -111,7 +111,9 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
     let piece = async |lease: &Lease| reports.print_piece(Piece { lease: *lease, seq: 1, chunk: chunk.clone() }).await;
     let held: Vec<bool> = join_all(leases.iter().map(piece)).await.into_iter().map(|held| held.unwrap()).collect();
     assert_eq!(held.iter().filter(|held| **held).count(), 100);
-    let print = async |lease: &Lease| reports.print(*lease, 2, vec![chunk.clone(); 3].into()).await;
+    let print = async |lease: &Lease| {
+        reports.print(Printed { lease: *lease, first_seq: 2, chunks: vec![chunk.clone(); 3].into() }).await
+    };
     assert!(join_all(leases.iter().map(print)).await.iter().all(Result::is_ok), "what is lost is dropped");
     assert_eq!(number(&test, "select count(*) from run_logs where seq = 1").await, 100);
     assert_eq!(number(&test, "select count(*) from run_logs where seq between 2 and 4").await, 300);
