@@ -60,6 +60,7 @@
 //! | module | what it is | may use |
 //! |---|---|---|
 //! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, executor, config |
+//! | [`metrics`] | what the process counts, for Prometheus; anybody may count | nothing of ours |
 //! | `tls` | whose certificates are trusted where we call somebody | nothing of ours |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
 //! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
@@ -110,6 +111,7 @@ pub mod api;
 
 pub mod app;
 pub mod config;
+pub mod metrics;
 pub mod telemetry;
 pub(crate) mod tls;
 

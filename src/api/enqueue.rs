@@ -18,6 +18,7 @@ use crate::domain::object::objects;
 use crate::domain::retry::check_max_attempts;
 use crate::domain::workflow::{check_key, check_labels, check_priority};
 use crate::domain::{Holder, OnConflict, Run, Status, WorkflowId};
+use crate::metrics::METRICS;
 use crate::store;
 use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 
@@ -212,6 +213,7 @@ pub(super) async fn start_all(api: &Api, requests: Vec<Request>) -> Result<Vec<R
 }
 
 fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>) -> Result<Started, Problem> {
+    METRICS.enqueues.with_label_values(&[name(&answer)]).inc();
     match answer {
         Ok(Enqueued::Accepted(run)) => {
             if run.status == Status::Queued {
@@ -235,6 +237,23 @@ fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>
         Ok(Enqueued::KeyInFlight) => Err(Problem::key_in_flight()),
         Ok(Enqueued::Contended) => Err(Problem::contended()),
         Err(error) => Err(Problem::of_enqueue(&error, request.id)),
+    }
+}
+
+/// What an answer is counted as.
+fn name(answer: &Result<Enqueued, Arc<store::Error>>) -> &'static str {
+    match answer {
+        Ok(Enqueued::Accepted(_)) => "accepted",
+        Ok(Enqueued::Existing(_)) => "existing",
+        Ok(Enqueued::SlotTaken(_)) => "slot_taken",
+        Ok(Enqueued::Paused(_)) => "workflow_paused",
+        Ok(Enqueued::TooManyWaiting(_)) => "too_many_waiting",
+        Ok(Enqueued::UnknownWorkflow) => "not_found",
+        Ok(Enqueued::KeyMismatch(_)) => "idempotency_key_reused",
+        Ok(Enqueued::KeyInFlight) => "idempotency_in_flight",
+        Ok(Enqueued::Contended) => "contended",
+        Err(error) if error.outcome_unknown() => "unknown",
+        Err(_) => "unavailable",
     }
 }
 

@@ -9,6 +9,7 @@ mod guard;
 mod health;
 mod leases;
 mod legacy;
+mod metrics;
 mod notes;
 mod openapi;
 mod page;
@@ -219,7 +220,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
 
 /// The routes that a replica without an API has too.
 fn probes() -> OpenApiRouter<Api> {
-    OpenApiRouter::new().routes(routes!(health::livez)).routes(routes!(health::readyz))
+    OpenApiRouter::new().routes(routes!(health::livez)).routes(routes!(health::readyz)).routes(routes!(metrics::serve))
 }
 
 /// The whole API.
@@ -240,6 +241,7 @@ fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
         .method_not_allowed_fallback(problem::no_such_method)
         .layer(middleware::from_fn_with_state(api.clone(), guard::refuse_strangers))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(middleware::from_fn(metrics::measure))
         .layer(CatchPanicLayer::custom(problem::of_panic))
         .layer(
             ServiceBuilder::new()

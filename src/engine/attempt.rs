@@ -12,6 +12,7 @@ use super::execute::{Ended, execute, seconds};
 use super::heartbeat::Holding;
 use crate::domain::{Lease, Outcome, StopCause, Verdict};
 use crate::executor::boottime::Boottime;
+use crate::metrics::METRICS;
 use crate::store;
 use crate::store::claim::{self, Claimed, release};
 use crate::store::settle::Settled;
@@ -131,6 +132,7 @@ async fn hand_over(ctx: &Ctx, lease: Lease, seconds: i32) -> bool {
 }
 
 fn report(settled: Settled, verdict: Verdict, took: Duration) {
+    METRICS.attempt_seconds.observe(took.as_secs_f64());
     let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     match settled {
         Settled::Recorded(status) | Settled::Already(status) if verdict == Verdict::Succeeded => {

@@ -10,6 +10,7 @@ use sqlx::types::Json;
 use uuid::Uuid;
 
 use crate::domain::{Lease, Run, Status};
+use crate::metrics::METRICS;
 
 /// For so long after a look that left nothing due it is enough to look at what became due of late...
 pub const FRESH: Duration = Duration::from_millis(500);
@@ -86,6 +87,11 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
     )
     .fetch_all(connection)
     .await?;
+    for row in &rows {
+        METRICS.claims.with_label_values(&[row.executor_type.as_str()]).inc();
+        let waited = row.started_at.zip(row.available_at).and_then(|(start, due)| (start - due).to_std().ok());
+        METRICS.waiting_seconds.observe(waited.unwrap_or_default().as_secs_f64());
+    }
     // Columns and not a row as JSON, which would be a fifth of what a claim costs.
     let claimed = rows.into_iter().map(|row| Claimed {
         lease: Lease { run_id: row.id, fence: row.fence, secret: Some(row.lease_secret) },
@@ -178,6 +184,18 @@ pub enum Renewal {
     Lost,
 }
 
+impl Renewal {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::CancelRequested => "cancel_requested",
+            Self::Overdue => "overdue",
+            Self::Busy => "busy",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 /// Renews `leases`, and keeps what is said about the `progress` of some; the answers stand in the order of the leases.
 /// Touches `run_leases` only, and waits for nobody's lock: neither somebody who locks a run by hand nor one locked lease
 /// delays the other renewals.
@@ -208,6 +226,7 @@ pub async fn renew(
             (true, false, true) | (false, _, _) => Renewal::Lost,
             (true, false, false) => Renewal::Busy,
         })
+        .inspect(|renewal| METRICS.renewals.with_label_values(&[renewal.as_str()]).inc())
         .collect())
 }
 

@@ -9,6 +9,7 @@ use sqlx::PgConnection;
 use tokio::sync::{Notify, oneshot};
 
 use super::{Db, Error};
+use crate::metrics::METRICS;
 
 /// So many that wait are worth a second statement beside the first: each costs as much by itself as a dozen that it takes.
 const MANY: usize = 64;
@@ -118,17 +119,19 @@ impl<T, A> Gather<T, A> {
 }
 
 impl<T: Clone, A> Gather<T, Result<A, Arc<Error>>> {
-    /// Sends what is asked for by `send`, which answers in the same order, for ever: one statement after the other, of at most `limit` each.
+    /// Sends what is asked for by `send`, which answers in the same order, for ever; `kind` is what is counted: one statement after the other, of at most `limit` each.
     pub(super) async fn fly(
         &self,
         db: &Db,
         flight: Flight,
+        kind: &'static str,
         limit: usize,
         send: impl AsyncFn(&mut PgConnection, &[T]) -> sqlx::Result<Vec<A>>,
     ) {
         loop {
             let mut pieces = vec![self.next(flight, limit).await];
             while let Some(piece) = pieces.pop() {
+                METRICS.batch_size.with_label_values(&[kind]).observe(piece.len() as f64);
                 let items: Vec<T> = piece.iter().map(|asked| asked.item.clone()).collect();
                 match db.with(async |connection| send(connection, &items).await).await {
                     Ok(answers) => piece.into_iter().zip(answers).for_each(|(asked, answer)| asked.answer(Ok(answer))),

@@ -9,6 +9,7 @@ pub mod batch;
 pub mod claim;
 pub mod control;
 pub mod demo;
+pub mod depth;
 pub mod doctor;
 pub mod due;
 pub mod enqueue;
@@ -35,7 +36,7 @@ pub mod workflows;
 
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult};
+use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult, Status};
 use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -235,6 +236,11 @@ impl Db {
     /// Closes connections that nobody has used for ten minutes.
     pub fn close_idle(&self) {
         self.pool.retain(|_, metrics| metrics.last_used() < IDLE);
+    }
+
+    /// How many connections there are, and who waits for one.
+    pub fn status(&self) -> Status {
+        self.pool.status()
     }
 
     /// Closes the pool, waiting at most a moment for connections in use.

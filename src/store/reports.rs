@@ -75,12 +75,12 @@ impl Reports {
             renew(connection, &leases, &progress).await
         };
         tokio::join!(
-            renewals.fly(db, flight, some_renewals, renew),
-            printed.fly(db, flight, some_printed, async |connection, printed| {
+            renewals.fly(db, flight, "renewals", some_renewals, renew),
+            printed.fly(db, flight, "logs", some_printed, async |connection, printed| {
                 logs::append(connection, printed).await?;
                 Ok(vec![(); printed.len()])
             }),
-            pieces.fly(db, flight, some_pieces, async move |connection, pieces| {
+            pieces.fly(db, flight, "log_pieces", some_pieces, async move |connection, pieces| {
                 logs::append_pieces(connection, pieces, bound).await
             }),
         );

@@ -67,7 +67,9 @@ impl Settler {
 
     /// Sends what is asked for, for ever: one statement after the other. One task for each [`Flight`].
     pub async fn run(self, flight: Flight) {
-        self.ends.fly(&self.db, flight, PIECE, async |connection, ends| settle(connection, ends, None).await).await;
+        self.ends
+            .fly(&self.db, flight, "ends", PIECE, async |connection, ends| settle(connection, ends, None).await)
+            .await;
     }
 }
 

@@ -47,6 +47,7 @@ mod keys;
 mod later;
 mod leases;
 mod legacy;
+mod metrics;
 mod migrating;
 mod openapi;
 mod outage;
