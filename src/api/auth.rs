@@ -47,7 +47,8 @@ impl Needs {
                 (Method::POST, &item.post),
                 (Method::DELETE, &item.delete),
             ];
-            let needs = operations.into_iter().filter_map(|(method, operation)| Some((method, scope(operation.as_ref()?))));
+            let needs =
+                operations.into_iter().filter_map(|(method, operation)| Some((method, scope(operation.as_ref()?))));
             (path.clone(), needs.collect())
         });
         Self(paths.collect())
@@ -294,7 +295,11 @@ async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Prob
         if !request.uri.path().starts_with("/api/") {
             // Probes depend on nothing, and come by an address where others can come too.
             let is_local = api.facts.listen.ip().is_loopback();
-            return if is_local { guard::check_host(&api.facts, request).map(|()| Caller::Nobody) } else { Ok(Caller::Nobody) };
+            return if is_local {
+                guard::check_host(&api.facts, request).map(|()| Caller::Nobody)
+            } else {
+                Ok(Caller::Nobody)
+            };
         }
         guard::check_host(&api.facts, request)?;
         let caller = api.keys.caller(&api.db, &request.headers).await;

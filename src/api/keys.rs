@@ -45,7 +45,10 @@ impl NewKey {
         let is_name = (1..=128).contains(&self.name.chars().count()) && !self.name.contains(char::is_control);
         let checks = [
             ("/name", (!is_name).then(|| "must be 1 to 128 characters, none of them a control character".to_owned())),
-            ("/scopes", self.scopes.is_empty().then(|| "must name at least one of read, enqueue, work, admin".to_owned())),
+            (
+                "/scopes",
+                self.scopes.is_empty().then(|| "must name at least one of read, enqueue, work, admin".to_owned()),
+            ),
             ("/workflows", self.workflows.clone().and_then(|list| Patterns::new(list).err())),
             (
                 "/expires_in_seconds",

@@ -158,11 +158,7 @@ pub(super) struct ScriptRun {
     responses((status = 200, body = ScriptRun), (status = 404, body = Refusal, description = "No such run"),
               (status = 500, body = Refusal, description = "It failed, and its log has the cause"),
               (status = 503, body = Refusal, description = "The database is away")))]
-pub(super) async fn get(
-    State(db): State<Db>,
-    caller: Caller,
-    id: Result<Path<Uuid>, PathRejection>,
-) -> Response {
+pub(super) async fn get(State(db): State<Db>, caller: Caller, id: Result<Path<Uuid>, PathRejection>) -> Response {
     let Ok(Path(id)) = id else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Script run not found"))).into_response();
     };

@@ -189,7 +189,9 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(to(Read, routes!(schedules::next)))
         // whoever starts runs
         .routes(to(Enqueue, routes!(enqueue::enqueue)))
-        .merge(OpenApiRouter::new().routes(to(Enqueue, routes!(enqueue::batch))).layer(DefaultBodyLimit::max(BATCH_LIMIT)))
+        .merge(
+            OpenApiRouter::new().routes(to(Enqueue, routes!(enqueue::batch))).layer(DefaultBodyLimit::max(BATCH_LIMIT)),
+        )
         .routes(to(Enqueue, routes!(control::cancel)))
         .routes(to(Enqueue, routes!(control::rerun)))
         .routes(to(Enqueue, routes!(bulk::cancel)))

@@ -22,7 +22,8 @@ pub fn document() -> OpenApi {
             .into(),
     );
     let mut bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
-    bearer.description = Some("A key, `st_<id>_<secret>`: `singletrack keys create` makes one, or POST /api/v1/keys.".into());
+    bearer.description =
+        Some("A key, `st_<id>_<secret>`: `singletrack keys create` makes one, or POST /api/v1/keys.".into());
     document.components.get_or_insert_default().add_security_scheme("api_key", SecurityScheme::Http(bearer));
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
@@ -33,8 +34,13 @@ pub fn document() -> OpenApi {
             if operation.security.as_deref().unwrap_or_default().len() > 1 {
                 let responses = &mut operation.responses.responses;
                 responses.insert("401".into(), unknown_caller());
-                responses.insert("403".into(), problem("`not-allowed`: the key does not have the scope, or is bound to other \
-                    workflows. `host-not-allowed`, `origin-not-allowed`: not the service's own."));
+                responses.insert(
+                    "403".into(),
+                    problem(
+                        "`not-allowed`: the key does not have the scope, or is bound to other \
+                    workflows. `host-not-allowed`, `origin-not-allowed`: not the service's own.",
+                    ),
+                );
             }
         }
     }
@@ -49,6 +55,7 @@ pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Opera
 fn meaning(status: &str) -> &'static str {
     match status {
         "200" => "As asked",
+        "201" => "Made",
         "202" => "Accepted, and committed before this answer",
         "204" => "Done",
         "400" => "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list.",

@@ -274,7 +274,9 @@ impl Problem {
     /// `shown`: something was given for a key.
     pub(super) fn no_key(shown: bool) -> Self {
         let detail = match shown {
-            true => "This key is unknown, was revoked, or has expired: send another one as Authorization: Bearer st_...",
+            true => {
+                "This key is unknown, was revoked, or has expired: send another one as Authorization: Bearer st_..."
+            }
             false => "Send a key, in the header Authorization: Bearer st_... `singletrack keys create` makes one.",
         };
         Self::new(StatusCode::UNAUTHORIZED, "not-authenticated", "A key is needed").with_detail(detail)

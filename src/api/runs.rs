@@ -102,7 +102,11 @@ fn take_filter(params: &mut Params, caller: &Caller) -> Result<Filter, Problem> 
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before, with the same filters")),
     responses((status = 200, body = Page<Run>), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<axum::Json<Page<Run>>, Problem> {
+pub(super) async fn list(
+    State(db): State<Db>,
+    caller: Caller,
+    mut params: Params,
+) -> Result<axum::Json<Page<Run>>, Problem> {
     let filter = take_filter(&mut params, &caller)?;
     let wanted = Wanted::<(DateTime<Utc>, Uuid)>::take(&mut params, &("runs", &filter))?;
     params.finish(&[&FILTERS[..], &["limit", "cursor"]].concat())?;

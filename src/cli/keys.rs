@@ -64,8 +64,9 @@ pub(super) struct Revoke {
 impl Command {
     /// Runs it to its exit code.
     pub(super) fn run(self) -> ExitCode {
-        let (Self::Create(Create { settings, .. }) | Self::Ls(Ls { settings, .. }) | Self::Revoke(Revoke { settings, .. })) =
-            &self;
+        let (Self::Create(Create { settings, .. })
+        | Self::Ls(Ls { settings, .. })
+        | Self::Revoke(Revoke { settings, .. })) = &self;
         let config = match configure(settings, std::env::var("DATABASE_URL").ok(), true) {
             Ok(config) => config,
             Err(code) => return code,
@@ -114,7 +115,10 @@ impl Command {
                     return Ok(format!("{document:#}\n"));
                 }
                 // Beside what a script reads.
-                eprintln!("key {} ({}): shown this once, and kept nowhere. SINGLETRACK_API_KEY is where clients look.", key.id, key.name);
+                eprintln!(
+                    "key {} ({}): shown this once, and kept nowhere. SINGLETRACK_API_KEY is where clients look.",
+                    key.id, key.name
+                );
                 Ok(format!("{token}\n"))
             }
             Self::Ls(Ls { json, .. }) => {

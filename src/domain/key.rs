@@ -62,7 +62,10 @@ impl Patterns {
     /// Which one is none, and why.
     pub fn new(patterns: Vec<String>) -> Result<Self, String> {
         if !(1..=MOST_PATTERNS).contains(&patterns.len()) {
-            return Err(format!("has {} entries: 1 to {MOST_PATTERNS}; leave it out for all workflows", patterns.len()));
+            return Err(format!(
+                "has {} entries: 1 to {MOST_PATTERNS}; leave it out for all workflows",
+                patterns.len()
+            ));
         }
         let known = |c: char| c.is_ascii_alphanumeric() || "._-@*".contains(c);
         let is_good = |text: &String| (1..=LONGEST_PATTERN).contains(&text.len()) && text.chars().all(known);

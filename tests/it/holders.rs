@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
-use singletrack::api::{Keys, Api, Facts, Shared, Terms, router};
+use singletrack::api::{Api, Facts, Keys, Shared, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
 use singletrack::store::Flight;
