@@ -1,6 +1,6 @@
 //! Keys: when they are asked for, how long they are good, what they leave behind.
 
-use std::process::{Output, Stdio};
+use std::process::Output;
 use std::time::Duration;
 
 use reqwest::Method;
@@ -259,9 +259,9 @@ async fn serve_listens_beyond_loopback_only_with_a_key_or_when_told_so_in_so_man
         command.env("DATABASE_URL", &test.url).env("SINGLETRACK_LISTEN", EVERYWHERE).envs(more.iter().copied());
         command
     };
-    let refused = serve(&[]).stdin(Stdio::null()).output().unwrap();
-    let why = text(&refused.stderr);
-    assert_eq!(refused.status.code(), Some(1), "{why}");
+    let mut refused = Process::spawn(serve(&[]));
+    assert_eq!(refused.ended(LIMIT).await, 1);
+    let why = refused.rest();
     assert!(why.contains("singletrack keys create") && why.contains("SINGLETRACK_ALLOW_PUBLIC=on"), "{why}");
     let local = |client: &Client| Client::new(client.base.replace("0.0.0.0", "127.0.0.1"));
     let public = Process::start(serve(&[("SINGLETRACK_ALLOW_PUBLIC", "on")]));
@@ -278,8 +278,7 @@ async fn serve_listens_beyond_loopback_only_with_a_key_or_when_told_so_in_so_man
     assert_eq!(by_name(&client.having(&token), "/api/v1/runs").await.unwrap().status, 200);
     assert_eq!(by_name(&client, "/api/v1/runs").await.unwrap().status, 403);
     sqlx::query("update api_keys set revoked_at = now(), revoked_by = 'test'").execute(&test.sql).await.unwrap();
-    let refused = serve(&[]).stdin(Stdio::null()).output().unwrap();
-    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    assert_eq!(Process::spawn(serve(&[])).ended(LIMIT).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

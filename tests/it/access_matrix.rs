@@ -265,6 +265,11 @@ async fn a_bound_worker_claims_only_what_its_key_is_for_and_one_bulk_request_tou
     claimed.sort_by_key(|run| run["workflow_id"].as_str().unwrap().to_owned());
     let names: Vec<_> = claimed.iter().map(|run| run["workflow_id"].as_str().unwrap()).collect();
     assert_eq!(names, ["own@a", "own@b", "too"]);
+    let left: Vec<String> = sqlx::query_scalar("select workflow_id from test_runs where status = 'queued' order by 1")
+        .fetch_all(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(left, ["foreign", "own"], "not even taken and kept from it");
     let listed = starter.get("/api/v1/runs?definition=own").await;
     assert_eq!(listed.body["items"].as_array().unwrap().len(), 2, "{listed:?}");
     assert_eq!(starter.get("/api/v1/runs/counts").await.body["running"], 2);
