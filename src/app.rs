@@ -3,6 +3,7 @@
 mod client;
 pub mod demo;
 pub mod doctor;
+pub mod keys;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -153,6 +154,10 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let servers = servers.into();
     let listen = listener.local_addr()?;
+    let closed = !listen.ip().is_loopback() && !config.allow_public;
+    if closed && role == Role::Serve {
+        keys::check_some(&servers, listen).await?;
+    }
     let ctx = context(&config, &servers, &stop, Some(listen), None)?;
     if config.worker.guarding.mode == guard::Mode::Off {
         tracing::warn!(
@@ -171,6 +176,7 @@ pub async fn run(
         reports: ctx.reports.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
+        keys: api::Keys::new(closed),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),

@@ -48,6 +48,10 @@
 //! Where the database has several servers, `store/servers.rs` finds the primary, for every connection of ours, and again after a
 //! failover; a pooler on the way to it that shares connections is refused at start ([`store::pooler`]).
 //!
+//! Who sends a request, and what they may, is for `api/auth.rs` to say: all good keys are in memory for some seconds, the route table in
+//! `api/mod.rs` has each route's scope, and what a key that is bound to workflows does not see is left out by the SQL of lists and claims.
+//! [`app::keys`] makes the first one; `audit_log` has what is changed besides runs.
+//!
 //! # A worker in your own program
 //!
 //! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function
@@ -87,6 +91,7 @@
 //! - A run waits behind a holder that knows it (`has_waiters`), or behind a pause; both are locked while it gets in line.
 //! - Times are the database's. A replica's clock decides nothing that another replica sees.
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
+//! - As soon as there is a key, every request needs one; rows of `api_keys` are never deleted.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
 //!
 //! `invariant_violations`, a view, has as queries those of them that rows can show, and [`app::doctor`] looks at them, at the schema and

@@ -75,6 +75,7 @@ async fn claim_many(db: Db, number: usize, wanted: usize) -> Result<(usize, Late
         queues: None,
         executor_types: &executor_types,
         workflows: None,
+        bound: None,
         claim_id: None,
         recent: None,
         limit: LIMIT,

@@ -9,6 +9,7 @@ use rand::random_range;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
+use super::auth::Caller;
 use super::extract::Json;
 use super::leases::TAG;
 use super::problem::{Mistake, Place, Problem};
@@ -49,6 +50,9 @@ pub(super) struct NewClaim {
     #[serde(default)]
     #[schema(minimum = 0, maximum = 60, default = 0)]
     wait_seconds: u64,
+    /// The workflows that the key is bound to.
+    #[serde(skip)]
+    bound: Option<String>,
 }
 
 fn one() -> i64 {
@@ -156,17 +160,22 @@ impl ClaimedRun {
 /// After that send a heartbeat every `heartbeat_interval_seconds`: by its answer a request to cancel and the time limit reach
 /// the worker. One that could send none for most of the timeout must stop its work, for somebody else may be about to begin.
 #[utoipa::path(
-    post, path = "/api/v1/claims", operation_id = "claim_runs", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/claims", operation_id = "claim_runs", tag = TAG,
     request_body = NewClaim,
     responses((status = 200, body = Claims, description = "What was claimed; nothing, where nothing was due"),
               (status = 400, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) -> Result<axum::Json<Claims>, Problem> {
+pub(super) async fn claim(
+    State(api): State<Api>,
+    caller: Caller,
+    Json(mut wanted): Json<NewClaim>,
+) -> Result<axum::Json<Claims>, Problem> {
     wanted.check()?;
     let (since, wait) = (Instant::now(), Duration::from_secs(wanted.wait_seconds));
     let place = api.facts.claimants.try_acquire();
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
+    wanted.bound = caller.bound();
     let wanted = Arc::new(wanted);
     let subscription = wanted.subscription();
     let mut clear: Option<Instant> = None;
@@ -182,7 +191,9 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
         let claimed = take(&api, &wanted, recent).await?;
         let left = wait.saturating_sub(since.elapsed());
         if !claimed.is_empty() || left.is_zero() {
-            let runs = claimed.into_iter().map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
+            // What was taken under the same id before may have been somebody else's.
+            let claimed = claimed.into_iter().filter(|claimed| caller.sees(&claimed.run.workflow_id));
+            let runs = claimed.map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
             return Ok(axum::Json(Claims { runs }));
         }
         tokio::select! {
@@ -200,7 +211,8 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
             .unwrap_or_default(),
         None => Vec::new(),
     };
-    let runs = taken.into_iter().map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
+    let taken = taken.into_iter().filter(|claimed| caller.sees(&claimed.run.workflow_id));
+    let runs = taken.map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
     Ok(axum::Json(Claims { runs }))
 }
 
@@ -229,6 +241,7 @@ async fn take_surely(api: &Api, wanted: &NewClaim, recent: Option<Duration>) -> 
         queues: wanted.queues.as_deref(),
         executor_types: &executor_types,
         workflows: wanted.workflows.as_deref(),
+        bound: wanted.bound.as_deref(),
         claim_id: wanted.claim_id.as_deref(),
         recent,
         limit: wanted.max,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::auth::Caller;
 use super::extract::Json;
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
@@ -157,7 +158,7 @@ impl From<Renewal> for Heard {
 /// run is to be cancelled, or is past its time limit: that is how either reaches it. One that goes on all the same is ended
 /// over its head: its run as `timed_out`, one heartbeat timeout after the time limit.
 #[utoipa::path(
-    post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG,
     request_body = Leases<Heartbeat>,
     responses((status = 200, body = Answers<Heard>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
@@ -228,7 +229,7 @@ impl Finish {
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Finished {
     result: Taken,
-    /// The run as it is now; null where there is none.
+    /// The run as it is now; null where there is none, and where the end was not taken and the request has no key.
     run: Option<Run>,
 }
 
@@ -248,15 +249,17 @@ enum Taken {
 /// that something else happened to the run, which is shown as it is. A run that failed and has attempts left is `queued`
 /// again; one that was to be cancelled is `cancelled`, and one past its time limit `timed_out`, unless it succeeded.
 ///
-/// The target of an http workflow that answered 202 finishes its run here too, with the token that its request carried.
+/// The target of an http workflow that answered 202 finishes its run here too, with the token that its request carried. The token is
+/// enough: this call needs no key.
 #[utoipa::path(
-    post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG,
     request_body = Leases<Finish>,
     responses((status = 200, body = Answers<Finished>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn finish(
     State(api): State<Api>,
+    caller: Caller,
     Json(ends): Json<Leases<Finish>>,
 ) -> Result<axum::Json<Answers<Finished>>, Problem> {
     let ends = ends.checked(|end| end.token, |end| end.check(api.facts.terms.output_bytes))?;
@@ -278,7 +281,12 @@ pub(super) async fn finish(
             Settled::Lost(_) => Taken::Lost,
             Settled::Busy => Taken::Busy,
         };
-        Finished { result, run: found.get(id).cloned() }
+        // Without a key and without the lease nobody is told anything of a run.
+        let run = found.get(id).filter(|run| match result {
+            Taken::Ok => true,
+            Taken::Lost | Taken::Busy => caller.is_let_in() && caller.sees(&run.workflow_id),
+        });
+        Finished { result, run: run.cloned() }
     })))
 }
 
@@ -300,7 +308,7 @@ pub(super) struct Released {
 /// Unstarted or half done: the run is `queued` again, and the attempt does not count. One that was to be cancelled is
 /// `cancelled` instead. A repetition is answered `lost`: the lease is gone either way.
 #[utoipa::path(
-    post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG,
     request_body = Leases<Release>,
     responses((status = 200, body = Answers<Released>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
@@ -340,7 +348,7 @@ pub(super) struct Piece {
 /// At most 10,000 pieces and SINGLETRACK_LOG_BYTES are kept of an attempt. Beyond that the log says that it was truncated, and
 /// what comes is dropped, which is a 204 too.
 #[utoipa::path(
-    post, path = "/api/v1/leases/logs", operation_id = "append_log", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/logs", operation_id = "append_log", tag = TAG,
     request_body = Piece,
     responses((status = 204, description = "It is kept, was before, or is dropped"), (status = 400, body = Problem),
               (status = 409, body = Problem, description = "`lease-lost`, with `run_id`"), (status = 413, body = Problem),

@@ -13,6 +13,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::Api;
+use super::auth::Caller;
 use super::extract::{Id, Params, apply_wait, preferred_wait};
 use super::page::{Page, Wanted};
 use super::problem::{Place, Problem};
@@ -65,7 +66,7 @@ impl FromStr for Time {
 
 const FILTERS: [&str; 7] = ["workflow_id", "definition", "status", "queue", "label", "since", "until"];
 
-fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
+fn take_filter(params: &mut Params, caller: &Caller) -> Result<Filter, Problem> {
     let mut statuses = Vec::new();
     for list in params.all::<String>("status")? {
         for name in list.split(',') {
@@ -81,6 +82,7 @@ fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
         labels: params.all::<Label>("label")?.into_iter().map(|Label(name, value)| (name, value)).collect(),
         since: params.one::<Time>("since")?.map(|Time(at)| at),
         until: params.one::<Time>("until")?.map(|Time(at)| at),
+        bound: caller.bound(),
     })
 }
 
@@ -88,7 +90,7 @@ fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
 ///
 /// Newest first, by `created_at` and `id`.
 #[utoipa::path(
-    get, path = "/api/v1/runs", operation_id = "list_runs", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs", operation_id = "list_runs", tag = TAG,
     params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
            ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
            ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
@@ -100,8 +102,12 @@ fn take_filter(params: &mut Params) -> Result<Filter, Problem> {
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before, with the same filters")),
     responses((status = 200, body = Page<Run>), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Run>>, Problem> {
-    let filter = take_filter(&mut params)?;
+pub(super) async fn list(
+    State(db): State<Db>,
+    caller: Caller,
+    mut params: Params,
+) -> Result<axum::Json<Page<Run>>, Problem> {
+    let filter = take_filter(&mut params, &caller)?;
     let wanted = Wanted::<(DateTime<Utc>, Uuid)>::take(&mut params, &("runs", &filter))?;
     params.finish(&[&FILTERS[..], &["limit", "cursor"]].concat())?;
     let rows = db.with(async |connection| runs::list(connection, &filter, wanted.after, wanted.rows()).await).await?;
@@ -112,7 +118,7 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
 ///
 /// How many runs are in each status, under the filters of the list.
 #[utoipa::path(
-    get, path = "/api/v1/runs/counts", operation_id = "count_runs", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/counts", operation_id = "count_runs", tag = TAG,
     params(("workflow_id" = Option<String>, Query, description = "The full workflow id"),
            ("definition" = Option<String>, Query, description = "The definition; finds its instances too"),
            ("status" = Option<String>, Query, description = "One, or several separated by commas or repeated"),
@@ -124,9 +130,10 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
               (status = 400, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn counts(
     State(db): State<Db>,
+    caller: Caller,
     mut params: Params,
 ) -> Result<axum::Json<BTreeMap<&'static str, i64>>, Problem> {
-    let filter = take_filter(&mut params)?;
+    let filter = take_filter(&mut params, &caller)?;
     params.finish(&FILTERS)?;
     let counts = db.with(async |connection| runs::counts(connection, &filter).await).await?;
     let mut answer: BTreeMap<_, _> = Status::ALL.into_iter().map(|status| (status.as_str(), 0)).collect();
@@ -138,7 +145,7 @@ pub(super) async fn counts(
 ///
 /// With `Prefer: wait=N` the answer is held until the run is final or N seconds (at most 60) are over.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}", operation_id = "get_run", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}", operation_id = "get_run", tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("Prefer" = Option<String>, Header, description = "`wait=30`: hold the answer until the run is final",
             example = "wait=30")),
@@ -147,6 +154,7 @@ pub(super) async fn counts(
               (status = 404, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn get(
     State(api): State<Api>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
@@ -154,18 +162,18 @@ pub(super) async fn get(
     // Without a place to wait the answer is given at once, and says so by not applying the preference.
     let place = wait.and_then(|_| api.facts.waiters.try_acquire().ok());
     let Some(wait) = wait.filter(|_| place.is_some()) else {
-        return Ok(axum::Json(read(&api.db, id).await?).into_response());
+        return Ok(axum::Json(read(&api.db, id, &caller).await?).into_response());
     };
-    let run = follow(&api, id, wait).await?;
+    let run = follow(&api, id, &caller, wait).await?;
     Ok(apply_wait(axum::Json(run).into_response(), wait))
 }
 
 /// The run, as soon as it is final, or the time is over, or the replica stops.
-pub(super) async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, Problem> {
+pub(super) async fn follow(api: &Api, id: Uuid, caller: &Caller, wait: Duration) -> Result<Run, Problem> {
     let since = Instant::now();
     let mut pause = Duration::from_millis(50);
     loop {
-        let run = read(&api.db, id).await?;
+        let run = read(&api.db, id, caller).await?;
         let left = wait.saturating_sub(since.elapsed());
         if run.status.is_final() || left.is_zero() || api.draining.is_cancelled() {
             return Ok(run);
@@ -177,10 +185,10 @@ pub(super) async fn follow(api: &Api, id: Uuid, wait: Duration) -> Result<Run, P
     }
 }
 
-/// The run with this id.
-pub(super) async fn read(db: &Db, id: Uuid) -> Result<Run, Problem> {
+/// The run with this id, where it is there for the caller.
+pub(super) async fn read(db: &Db, id: Uuid, caller: &Caller) -> Result<Run, Problem> {
     let run = db.with(async |connection| runs::get(connection, id).await).await?;
-    run.ok_or_else(|| Problem::no_run(id))
+    run.filter(|run| caller.sees(&run.workflow_id)).ok_or_else(|| Problem::no_run(id))
 }
 
 /// A list that is given whole.
@@ -195,15 +203,16 @@ pub(super) struct Whole<T> {
 /// Oldest first; the open one last.
 #[utoipa::path(
     get, path = "/api/v1/runs/{id}/attempts", operation_id = "list_attempts",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = Uuid, Path, description = "Run id")),
     responses((status = 200, body = Whole<Attempt>), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn attempts(
     State(db): State<Db>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
 ) -> Result<axum::Json<Whole<Attempt>>, Problem> {
-    read(&db, id).await?;
+    read(&db, id, &caller).await?;
     let items = db.with(async |connection| runs::attempts(connection, id).await).await?;
     Ok(axum::Json(Whole { items }))
 }
@@ -213,7 +222,7 @@ pub(super) async fn attempts(
 /// Every change of its status, oldest first.
 #[utoipa::path(
     get, path = "/api/v1/runs/{id}/events", operation_id = "list_events",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
@@ -221,12 +230,13 @@ pub(super) async fn attempts(
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn events(
     State(db): State<Db>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
     mut params: Params,
 ) -> Result<axum::Json<Page<RunEvent>>, Problem> {
     let wanted = Wanted::<i64>::take(&mut params, &("events", id))?;
     params.finish(&["limit", "cursor"])?;
-    read(&db, id).await?;
+    read(&db, id, &caller).await?;
     let after = wanted.after.unwrap_or(0);
     let rows = db.with(async |connection| runs::events(connection, id, after, wanted.rows()).await).await?;
     Ok(axum::Json(wanted.page(rows, |event| event.seq)))
@@ -238,15 +248,16 @@ pub(super) async fn events(
 /// and all the others one together, last, without a name. Counted up to a second ago, and requests over HTTP only.
 #[utoipa::path(
     get, path = "/api/v1/runs/{id}/refusals", operation_id = "list_refusals",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = Uuid, Path, description = "Run id")),
     responses((status = 200, body = Whole<Refusals>, description = "20 at most"), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn refusals(
     State(db): State<Db>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
 ) -> Result<axum::Json<Whole<Refusals>>, Problem> {
-    read(&db, id).await?;
+    read(&db, id, &caller).await?;
     let items = db.with(async |connection| refusals::of(connection, id).await).await?;
     Ok(axum::Json(Whole { items }))
 }
@@ -266,7 +277,7 @@ impl FromStr for Number {
 ///
 /// What its attempts printed, in the order in which it came.
 #[utoipa::path(
-    get, path = "/api/v1/runs/{id}/logs", operation_id = "read_log", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/runs/{id}/logs", operation_id = "read_log", tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("attempt" = Option<i32>, Query, description = "Only this attempt"),
            ("limit" = Option<i64>, Query, description = "Pieces of text: 1 to 200; 50 without it"),
@@ -275,13 +286,14 @@ impl FromStr for Number {
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn logs(
     State(db): State<Db>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
     mut params: Params,
 ) -> Result<axum::Json<Page<LogEntry>>, Problem> {
     let attempt = params.one::<Number>("attempt")?.map(|Number(attempt)| attempt);
     let wanted = Wanted::<(i64, i64, Stream)>::take(&mut params, &("logs", id, attempt))?;
     params.finish(&["attempt", "limit", "cursor"])?;
-    read(&db, id).await?;
+    read(&db, id, &caller).await?;
     let after = wanted.after;
     let rows = db.with(async |connection| logs::read(connection, id, attempt, after, wanted.rows()).await).await?;
     Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream))))

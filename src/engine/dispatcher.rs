@@ -126,6 +126,7 @@ async fn take(ctx: &Ctx, free: usize, recent: Option<Duration>) -> Result<(Boott
         queues: queues.as_deref(),
         executor_types: &executor_types,
         workflows: workflows.as_deref(),
+        bound: None,
         claim_id: None,
         recent,
         limit: i64::try_from(free).unwrap_or(i64::MAX),

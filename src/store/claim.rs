@@ -29,6 +29,8 @@ pub struct Claim<'a> {
     pub executor_types: &'a [String],
     /// The workflows, or definitions, it takes runs of; `None` for all.
     pub workflows: Option<&'a [String]>,
+    /// Only runs of workflows whose full id this regular expression of Postgres matches; `None` for all.
+    pub bound: Option<&'a str>,
     /// Under which id a repetition of this claim is known.
     pub claim_id: Option<&'a str>,
     /// Only runs that became due within so long: who has just seen that nothing else was due need not walk past what others have
@@ -84,6 +86,7 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
         claim.workflows,
         claim.claim_id,
         claim.recent.and_then(|recent| PgInterval::try_from(recent).ok()),
+        claim.bound,
     )
     .fetch_all(connection)
     .await?;

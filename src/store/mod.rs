@@ -16,6 +16,7 @@ pub mod enqueue;
 pub mod enqueuer;
 pub mod figures;
 mod gather;
+pub mod keys;
 pub mod logs;
 pub mod lookout;
 pub mod migrate;

@@ -93,6 +93,8 @@ pub struct Filter {
     pub since: Option<DateTime<Utc>>,
     /// Enqueued before this time.
     pub until: Option<DateTime<Utc>>,
+    /// Workflows whose full id this regular expression of Postgres matches.
+    pub bound: Option<String>,
 }
 
 impl Filter {
@@ -128,6 +130,7 @@ pub async fn list(
           and ($6::timestamptz is null or r.created_at >= $6)
           and ($7::timestamptz is null or r.created_at < $7)
           and ($8::timestamptz is null or (r.created_at, r.id) < ($8, $9::uuid))
+          and ($11::text is null or r.workflow_id ~ $11)
         order by r.created_at desc, r.id desc
         limit $10
         "#,
@@ -141,6 +144,7 @@ pub async fn list(
         after_at,
         after_id,
         limit,
+        filter.bound.as_deref(),
     )
     .fetch_all(connection)
     .await?;
@@ -163,6 +167,7 @@ pub async fn ids(connection: &mut PgConnection, filter: &Filter, limit: i64) -> 
               and ($5::jsonb is null or r.labels @> $5)
               and ($6::timestamptz is null or r.created_at >= $6)
               and ($7::timestamptz is null or r.created_at < $7)
+              and ($9::text is null or r.workflow_id ~ $9)
             order by r.created_at desc, r.id desc
             limit $8
         ) f
@@ -176,6 +181,7 @@ pub async fn ids(connection: &mut PgConnection, filter: &Filter, limit: i64) -> 
         filter.since,
         filter.until,
         limit,
+        filter.bound.as_deref(),
     )
     .fetch_all(connection)
     .await
@@ -209,6 +215,7 @@ pub async fn counts(connection: &mut PgConnection, filter: &Filter) -> sqlx::Res
           and ($5::jsonb is null or r.labels @> $5)
           and ($6::timestamptz is null or r.created_at >= $6)
           and ($7::timestamptz is null or r.created_at < $7)
+          and ($8::text is null or r.workflow_id ~ $8)
         group by r.status
         "#,
         filter.workflow_id.as_deref(),
@@ -218,6 +225,7 @@ pub async fn counts(connection: &mut PgConnection, filter: &Filter) -> sqlx::Res
         filter.label_object(),
         filter.since,
         filter.until,
+        filter.bound.as_deref(),
     )
     .fetch_all(connection)
     .await?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
-use singletrack::api::{Api, Facts, Shared, Terms, router};
+use singletrack::api::{Api, Facts, Keys, Shared, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
 use singletrack::store::Flight;
@@ -237,6 +237,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         wake_scheduler: Arc::default(),
         draining: CancellationToken::new(),
         notes: Arc::default(),
+        keys: Keys::new(false),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
     });
     let facts = api.facts.clone();

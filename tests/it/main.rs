@@ -12,6 +12,8 @@ mod support;
 #[path = "../model/mod.rs"]
 mod model;
 
+mod access;
+mod access_matrix;
 mod apply;
 mod bulk;
 mod by_hand;
@@ -68,6 +70,7 @@ mod replicas;
 mod reruns;
 mod retention;
 mod retry;
+mod roles;
 mod runs;
 mod safety;
 mod schedules;

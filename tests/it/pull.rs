@@ -162,6 +162,7 @@ async fn a_claim_that_is_sent_twice_at_once_takes_its_runs_once() {
         queues: None,
         executor_types: &executor_types,
         workflows: None,
+        bound: None,
         claim_id: Some("one"),
         recent: None,
         limit: 2,

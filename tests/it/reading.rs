@@ -321,6 +321,7 @@ async fn take(test: &TestDb) -> Lease {
         queues: None,
         executor_types: &types,
         workflows: None,
+        bound: None,
         claim_id: None,
         recent: None,
         limit: 1,

@@ -51,6 +51,7 @@ pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result
         queues: None,
         executor_types: &executor_types,
         workflows: None,
+        bound: None,
         claim_id: None,
         recent: None,
         limit,

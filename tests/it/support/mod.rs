@@ -1,5 +1,6 @@
 //! What tests stand on: a durable Postgres, a database per test, replicas in this process and as real processes.
 
+pub mod access;
 pub mod calls;
 pub mod database;
 pub mod pgbouncer;

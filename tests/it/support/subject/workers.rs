@@ -24,6 +24,7 @@ impl Subject {
             queues: None,
             executor_types: &all,
             workflows: Some(&[name]),
+            bound: None,
             claim_id: None,
             recent: None,
             limit: 100,
