@@ -168,6 +168,7 @@ pub async fn run(
         settler: ctx.settler.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
+        feed: Arc::default(),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
@@ -187,6 +188,7 @@ pub async fn run(
     parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), |flight| enqueuer.clone().run(flight));
     parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), |flight| ctx.settler.clone().run(flight));
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
+    parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
         Role::Worker => api::probes_router(api),

@@ -4,7 +4,10 @@ mod bulk;
 mod claims;
 mod control;
 mod enqueue;
+mod events;
 mod extract;
+mod feed;
+mod follow;
 mod guard;
 mod health;
 mod leases;
@@ -45,6 +48,7 @@ use crate::store::Db;
 use crate::store::enqueuer::Enqueuer;
 use crate::store::settler::Settler;
 
+pub use feed::{Feed, tell_events};
 pub use notes::{LAST_NOTES, Notes, keep_notes};
 pub use openapi::document;
 
@@ -93,6 +97,8 @@ pub struct Shared {
     pub draining: CancellationToken,
     /// What requests leave in memory until [`keep_notes`] writes it down.
     pub notes: Arc<Notes>,
+    /// Where listeners hear of events, which [`tell_events`] tells.
+    pub feed: Arc<Feed>,
     /// What never changes while it runs.
     pub facts: Arc<Facts>,
 }
@@ -196,6 +202,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(routes!(runs::events))
         .routes(routes!(runs::refusals))
         .routes(routes!(runs::logs))
+        .routes(routes!(events::follow))
         // workers in any language
         .routes(routes!(claims::claim))
         .routes(routes!(leases::heartbeat))
