@@ -177,6 +177,7 @@ pub async fn run(
         draining: stop.draining.clone(),
         notes: Arc::default(),
         keys: api::Keys::new(closed),
+        feed: Arc::default(),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
@@ -196,6 +197,7 @@ pub async fn run(
     parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), |flight| enqueuer.clone().run(flight));
     spawn_gathered(&mut parts, &ctx, &over);
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
+    parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api),
         Role::Worker => api::probes_router(api),

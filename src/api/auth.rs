@@ -14,6 +14,7 @@ use axum::http::{HeaderMap, Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use tokio::sync::RwLock;
+use tokio::time::sleep;
 use utoipa::openapi::OpenApi;
 
 use super::problem::Problem;
@@ -25,6 +26,8 @@ use crate::store::{self, Db, keys};
 const FRESH: Duration = Duration::from_secs(5);
 /// The same where somebody shows a key that is not among them: it may be new.
 const NEW: Duration = Duration::from_secs(1);
+/// How often it is looked whether those who listen still may.
+const STREAMS: Duration = Duration::from_secs(5);
 /// How often it is written down which keys were used.
 const NOTED: Duration = Duration::from_secs(60);
 
@@ -238,6 +241,29 @@ impl Keys {
             *book = Some(Book { read, keys });
         }
         Ok(book.as_ref().map_or(Look::Unknown, |book| self.find(book, token)))
+    }
+
+    /// Waits until somebody who was let in would not be any more: what is sent to them for long ends then. While the database can't be
+    /// asked there is nothing to send.
+    pub(super) async fn until_refused(&self, db: &Db, caller: &Caller) {
+        loop {
+            sleep(STREAMS).await;
+            if self.look(db, FRESH, None).await.is_err() {
+                continue;
+            }
+            let book = self.book.read().await;
+            let Some(book) = book.as_ref() else { continue };
+            let goes_on = match (&book.keys, caller) {
+                (None, _) => !self.always,
+                (Some(keys), Caller::Key(key)) => {
+                    keys.get(&key.id).is_some_and(|key| key.expires.is_none_or(|expires| Instant::now() < expires))
+                }
+                (Some(_), Caller::Anybody | Caller::Nobody) => false,
+            };
+            if !goes_on {
+                return;
+            }
+        }
     }
 
     fn find(&self, book: &Book, token: Option<&Token>) -> Look {

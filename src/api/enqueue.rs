@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::auth::Caller;
 use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers};
 use super::problem::{Mistake, Place, Problem};
-use super::runs::{LONGEST_WAIT, follow};
+use super::runs::{LONGEST_WAIT, until_over};
 use super::{Api, run_path, to_its_end};
 use crate::domain::object::objects;
 use crate::domain::retry::check_max_attempts;
@@ -162,7 +162,7 @@ pub(super) async fn enqueue(
 
 /// The holder, when it is over or the time is.
 async fn followed(api: &Api, holder: Holder, caller: &Caller, wait: Duration) -> Result<Holder, Problem> {
-    let run = follow(api, holder.run_id, caller, wait).await?;
+    let run = until_over(api, holder.run_id, caller, wait).await?;
     let held = [run.id];
     let mut now = api.db.with(async |connection| holders(connection, &held).await).await?;
     Ok(now.remove(&run.id).unwrap_or_else(|| run.into()))

@@ -5,7 +5,10 @@ mod bulk;
 mod claims;
 mod control;
 mod enqueue;
+mod events;
 mod extract;
+mod feed;
+mod follow;
 mod guard;
 mod health;
 mod keys;
@@ -51,6 +54,7 @@ use crate::store::reports::Reports;
 use crate::store::settler::Settler;
 
 pub use auth::Keys;
+pub use feed::{Feed, tell_events};
 pub use notes::{LAST_NOTES, Notes, keep_notes};
 pub use openapi::document;
 
@@ -103,6 +107,8 @@ pub struct Shared {
     pub notes: Arc<Notes>,
     /// Who is let in.
     pub keys: Keys,
+    /// Where listeners hear of events, which [`tell_events`] tells.
+    pub feed: Arc<Feed>,
     /// What never changes while it runs.
     pub facts: Arc<Facts>,
 }
@@ -211,6 +217,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(to(Read, routes!(runs::events)))
         .routes(to(Read, routes!(runs::refusals)))
         .routes(to(Read, routes!(runs::logs)))
+        .routes(to(Read, routes!(events::follow)))
         // workers in any language
         .routes(to(Work, routes!(claims::claim)))
         .routes(to(Work, routes!(leases::heartbeat)))

@@ -30,7 +30,8 @@ pub(super) struct Problem {
     /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-paused`, `too-many-waiting`,
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
-    /// `not-authenticated`, `not-allowed`, `key-name-taken`, `host-not-allowed`, `origin-not-allowed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
+    /// `not-authenticated`, `not-allowed`, `key-name-taken`, `host-not-allowed`, `origin-not-allowed`, `too-many-listeners`, `contended`, `database-busy`,
+    /// `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -317,6 +318,14 @@ impl Problem {
                 "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
                 origin.escape_debug()
             ))
+    }
+
+    pub(super) fn too_many_listeners(most: usize) -> Self {
+        Self {
+            retry_after: Some(RETRY),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "too-many-listeners", "Too many clients follow something here")
+                .with_detail(format!("This replica has {most} such streams open: ask another one, or later."))
+        }
     }
 
     pub(super) fn internal(cause: impl Into<Box<str>>) -> Self {

@@ -12,11 +12,12 @@ use serde::Serialize;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::Api;
 use super::auth::Caller;
+use super::events::last_event_id;
 use super::extract::{Id, Params, apply_wait, preferred_wait};
 use super::page::{Page, Wanted};
 use super::problem::{Place, Problem};
+use super::{Api, follow};
 use crate::domain::{Run, Status, Stream, WorkflowId};
 use crate::store::Db;
 use crate::store::logs::{self, LogEntry};
@@ -66,14 +67,16 @@ impl FromStr for Time {
 
 const FILTERS: [&str; 7] = ["workflow_id", "definition", "status", "queue", "label", "since", "until"];
 
+/// The statuses of a list: several separated by commas, or repeated.
+pub(super) fn take_statuses(params: &mut Params) -> Result<Vec<Status>, Problem> {
+    let wrong = |mistake| Problem::invalid_at(Place::Parameter("status".into()), mistake);
+    let lists = params.all::<String>("status")?;
+    let names = lists.iter().flat_map(|list| list.split(','));
+    names.map(|name| name.trim().parse().map_err(wrong)).collect()
+}
+
 fn take_filter(params: &mut Params, caller: &Caller) -> Result<Filter, Problem> {
-    let mut statuses = Vec::new();
-    for list in params.all::<String>("status")? {
-        for name in list.split(',') {
-            let wrong = |mistake| Problem::invalid_at(Place::Parameter("status".into()), mistake);
-            statuses.push(name.trim().parse::<Status>().map_err(wrong)?);
-        }
-    }
+    let statuses = take_statuses(params)?;
     Ok(Filter {
         workflow_id: params.one::<WorkflowId>("workflow_id")?.map(|id| id.to_string()),
         definition: params.one::<WorkflowId>("definition")?.map(|id| id.to_string()),
@@ -164,12 +167,12 @@ pub(super) async fn get(
     let Some(wait) = wait.filter(|_| place.is_some()) else {
         return Ok(axum::Json(read(&api.db, id, &caller).await?).into_response());
     };
-    let run = follow(&api, id, &caller, wait).await?;
+    let run = until_over(&api, id, &caller, wait).await?;
     Ok(apply_wait(axum::Json(run).into_response(), wait))
 }
 
 /// The run, as soon as it is final, or the time is over, or the replica stops.
-pub(super) async fn follow(api: &Api, id: Uuid, caller: &Caller, wait: Duration) -> Result<Run, Problem> {
+pub(super) async fn until_over(api: &Api, id: Uuid, caller: &Caller, wait: Duration) -> Result<Run, Problem> {
     let since = Instant::now();
     let mut pause = Duration::from_millis(50);
     loop {
@@ -220,26 +223,42 @@ pub(super) async fn attempts(
 /// Events of a run
 ///
 /// Every change of its status, oldest first.
+///
+/// With `follow=true`, or `Accept: text/event-stream`, as server-sent events: those that are there and those that come, until the run is
+/// over. They are `status` and `cancel_requested` as in the stream of all runs, with `seq` as `id`, and at last `end`.
 #[utoipa::path(
     get, path = "/api/v1/runs/{id}/events", operation_id = "list_events",
     tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<RunEvent>), (status = 400, body = Problem), (status = 404, body = Problem),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before"),
+           ("follow" = Option<bool>, Query, description = "As server-sent events, until the run is over; without `limit` and `cursor`"),
+           ("Last-Event-ID" = Option<String>, Header, description = "With `follow`: the `id` of the last event that was received"),
+           ("last_event_id" = Option<String>, Query, description = "The same, for clients that can't set the header, which wins")),
+    responses((status = 200, content((Page<RunEvent> = "application/json"), (String = "text/event-stream"))),
+              (status = 204, description = "With `Last-Event-ID`: that was the last one, and the run is over"),
+              (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn events(
-    State(db): State<Db>,
+    State(api): State<Api>,
     caller: Caller,
     Id(RunId(id)): Id<RunId>,
+    headers: HeaderMap,
     mut params: Params,
-) -> Result<axum::Json<Page<RunEvent>>, Problem> {
+) -> Result<Response, Problem> {
+    let db = &api.db;
+    if follow::is_wanted(&headers, &mut params)? {
+        let last = last_event_id::<Number<i64>>(&headers, &mut params)?;
+        params.finish(&["follow", "last_event_id"])?;
+        read(db, id, &caller).await?;
+        return follow::events(api, caller, id, last.map(|Number(seq)| seq)).await;
+    }
     let wanted = Wanted::<i64>::take(&mut params, &("events", id))?;
-    params.finish(&["limit", "cursor"])?;
-    read(&db, id, &caller).await?;
+    params.finish(&["limit", "cursor", "follow"])?;
+    read(db, id, &caller).await?;
     let after = wanted.after.unwrap_or(0);
     let rows = db.with(async |connection| runs::events(connection, id, after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |event| event.seq)))
+    Ok(axum::Json(wanted.page(rows, |event| event.seq)).into_response())
 }
 
 /// Refusals of a run
@@ -263,9 +282,9 @@ pub(super) async fn refusals(
 }
 
 /// A number, with a better word for what is wrong than the parser has.
-struct Number(i32);
+struct Number<T>(T);
 
-impl FromStr for Number {
+impl<T: FromStr> FromStr for Number<T> {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -276,25 +295,41 @@ impl FromStr for Number {
 /// Log of a run
 ///
 /// What its attempts printed, in the order in which it came.
+///
+/// With `follow=true`, or `Accept: text/event-stream`, as server-sent events: what is there and what comes, until the run is over, or the
+/// attempt. Each is a `log`, whose data is a `LogEntry` as JSON in one line, and at last there is an `end`.
 #[utoipa::path(
     get, path = "/api/v1/runs/{id}/logs", operation_id = "read_log", tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("attempt" = Option<i32>, Query, description = "Only this attempt"),
            ("limit" = Option<i64>, Query, description = "Pieces of text: 1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<LogEntry>), (status = 400, body = Problem), (status = 404, body = Problem),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before"),
+           ("follow" = Option<bool>, Query, description = "As server-sent events, until the run is over; without `limit` and `cursor`"),
+           ("Last-Event-ID" = Option<String>, Header, description = "With `follow`: the `id` of the last event that was received"),
+           ("last_event_id" = Option<String>, Query, description = "The same, for clients that can't set the header, which wins")),
+    responses((status = 200, content((Page<LogEntry> = "application/json"), (String = "text/event-stream"))),
+              (status = 204, description = "With `Last-Event-ID`: that was the last of it, and the run is over"),
+              (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn logs(
-    State(db): State<Db>,
+    State(api): State<Api>,
     caller: Caller,
     Id(RunId(id)): Id<RunId>,
+    headers: HeaderMap,
     mut params: Params,
-) -> Result<axum::Json<Page<LogEntry>>, Problem> {
-    let attempt = params.one::<Number>("attempt")?.map(|Number(attempt)| attempt);
+) -> Result<Response, Problem> {
+    let db = &api.db;
+    let attempt = params.one::<Number<i32>>("attempt")?.map(|Number(attempt)| attempt);
+    if follow::is_wanted(&headers, &mut params)? {
+        let last = last_event_id(&headers, &mut params)?;
+        params.finish(&["attempt", "follow", "last_event_id"])?;
+        read(db, id, &caller).await?;
+        return follow::log(api, caller, id, attempt, last).await;
+    }
     let wanted = Wanted::<(i64, i64, Stream)>::take(&mut params, &("logs", id, attempt))?;
-    params.finish(&["attempt", "limit", "cursor"])?;
-    read(&db, id, &caller).await?;
+    params.finish(&["attempt", "limit", "cursor", "follow"])?;
+    read(db, id, &caller).await?;
     let after = wanted.after;
     let rows = db.with(async |connection| logs::read(connection, id, attempt, after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream))))
+    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream))).into_response())
 }

@@ -1,5 +1,7 @@
 //! What attempts print.
 
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
@@ -223,6 +225,98 @@ pub async fn read(
     )
     .fetch_all(connection)
     .await
+}
+
+/// How far a log was read: an attempt's fence, and the last number of each stream, because a pull worker may count them by themselves and
+/// send one later than the other. Written as `fence-stdout-stderr-system`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Read {
+    fence: i64,
+    stdout: i64,
+    stderr: i64,
+    system: i64,
+}
+
+impl Read {
+    /// Goes on to an entry.
+    pub fn pass(&mut self, entry: &LogEntry) {
+        if entry.fence != self.fence {
+            *self = Self { fence: entry.fence, ..Self::default() };
+        }
+        match entry.stream {
+            Stream::Stdout => self.stdout = entry.seq,
+            Stream::Stderr => self.stderr = entry.seq,
+            Stream::System => self.system = entry.seq,
+        }
+    }
+}
+
+impl fmt::Display for Read {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { fence, stdout, stderr, system } = self;
+        write!(f, "{fence}-{stdout}-{stderr}-{system}")
+    }
+}
+
+impl FromStr for Read {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let number = |text: &str| text.parse::<u64>().ok().and_then(|number| i64::try_from(number).ok());
+        match text.split('-').map(number).collect::<Vec<_>>()[..] {
+            [Some(fence), Some(stdout), Some(stderr), Some(system)] => Ok(Self { fence, stdout, stderr, system }),
+            _ => Err("is not the id of an event of this stream"),
+        }
+    }
+}
+
+/// At most `limit` pieces of a run's log that were not read yet, in order, and whether there can't come more: the run is over, or the
+/// attempt. Within a stream they must be stored in their order, which is that in which a worker prints them.
+pub async fn follow(
+    connection: &mut PgConnection,
+    run_id: Uuid,
+    attempt: Option<i32>,
+    read: Read,
+    limit: i64,
+) -> sqlx::Result<(Vec<LogEntry>, bool)> {
+    // Before the log: what is stored after this look is read at the next one.
+    let over = sqlx::query_scalar!(
+        r#"
+        select not exists (select from test_runs where id = $1 and finished_at is null)
+               or exists (select from run_attempts where run_id = $1 and attempt = $2 and status <> 'released') as "over!"
+        "#,
+        run_id,
+        attempt,
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let entries = sqlx::query_as!(
+        LogEntry,
+        r#"
+        select a.attempt as "attempt!", l.fence, l.seq, l.stream as "stream: Stream", l.at, l.text
+        from (
+            select attempt, fence from run_attempts where run_id = $1
+            union all
+            select attempt, fence from test_runs where id = $1 and status = 'running'
+        ) a
+        join run_logs l on l.fence = a.fence
+        where ($2::integer is null or a.attempt = $2)
+          and l.fence >= $3
+          and (l.fence > $3 or l.seq > case l.stream when 'stdout' then $4::bigint when 'stderr' then $5::bigint else $6::bigint end)
+        order by l.fence, l.seq, l.stream
+        limit $7
+        "#,
+        run_id,
+        attempt,
+        read.fence,
+        read.stdout,
+        read.stderr,
+        read.system,
+        limit,
+    )
+    .fetch_all(connection)
+    .await?;
+    Ok((entries, over))
 }
 
 /// The whole log of a run as one text.

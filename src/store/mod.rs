@@ -14,6 +14,7 @@ pub mod doctor;
 pub mod due;
 pub mod enqueue;
 pub mod enqueuer;
+pub mod events;
 pub mod figures;
 mod gather;
 pub mod keys;

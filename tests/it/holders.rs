@@ -238,6 +238,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         draining: CancellationToken::new(),
         notes: Arc::default(),
         keys: Keys::new(false),
+        feed: Arc::default(),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
     });
     let facts = api.facts.clone();

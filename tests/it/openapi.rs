@@ -152,6 +152,11 @@ async fn every_documented_operation_is_there() {
         let request = replica.client.request(method.parse::<Method>().unwrap(), &path.replace("{id}", id));
         let request =
             if operation.get("requestBody").is_some() { request.json(&serde_json::json!({})) } else { request };
+        if path == "/api/v1/events" {
+            // It has no end.
+            assert_eq!(request.send().await.unwrap().status(), 200);
+            continue;
+        }
         let answer = Answer::of(request).await.unwrap();
         let documented = operation["responses"].get(answer.status.to_string()).is_some();
         assert!(documented, "{method} {path} is answered with {}: {answer:?}", answer.status);

@@ -85,6 +85,7 @@ const BAD_ROWS: &[(&str, &str)] = &[
     ("update workflow_revisions set max_waiting = 0", "workflow_revisions_max_waiting"),
     ("update workflow_revisions set schedule = '{\"cron\": \"* * * * *\"}'", "workflow_revisions_schedule"),
     ("insert into pauses (kind, name, paused_by) values ('run', 'x', 'me')", "pauses_kind_known"),
+    ("update events_forgotten set one = false", "events_forgotten_one"),
     ("update run_attempts set status = 'running'", "run_attempts_status_known"),
     ("update run_attempts set finished_at = started_at - interval '1 s'", "run_attempts_finish_after_start"),
     ("insert into run_logs (fence, stream, seq, text) values (1, 'stdin', 1, '')", "run_logs_stream_known"),

@@ -11,6 +11,7 @@ pub mod proxy;
 pub mod pull;
 pub mod replica;
 pub mod scratch;
+pub mod sse;
 pub mod standby;
 pub mod subject;
 pub mod target;
