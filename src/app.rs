@@ -176,7 +176,7 @@ pub async fn run(
         reports: ctx.reports.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
-        keys: api::Keys::new(closed),
+        keys: api::Keys::new(closed, config.key_rate),
         feed: Arc::default(),
         facts: Arc::new(Facts::new(
             listen,

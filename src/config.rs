@@ -41,6 +41,10 @@ pub struct Settings {
     /// machine. [default: off]
     #[arg(long, env = "SINGLETRACK_ALLOW_PUBLIC", value_name = "WHETHER")]
     pub allow_public: Option<String>,
+    /// Requests per second that one key may send to one replica, and at once; those about leases are not counted. A number, or off.
+    /// [default: off]
+    #[arg(long, env = "SINGLETRACK_KEY_RATE", value_name = "NUMBER")]
+    pub key_rate: Option<String>,
     /// How others reach it, through a proxy say: for callbacks and links, and its host is let in. [default: http:// and the address listened on]
     #[arg(long, env = "SINGLETRACK_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
@@ -130,6 +134,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Whether to listen beyond loopback also while no key was ever made.
     pub allow_public: bool,
+    /// Requests per second that one key may send; `None` for any number.
+    pub key_rate: Option<u32>,
     /// How others reach it; `None`: the address listened on.
     pub public_url: Option<String>,
     /// How long an accepted answer is kept under its idempotency key.
@@ -284,6 +290,10 @@ impl Settings {
                 "off" => Ok(false),
                 _ => Err(format!("`{text}` is neither on nor off")),
             }),
+            key_rate: read.take("SINGLETRACK_KEY_RATE", &self.key_rate, None, |text| match text {
+                "off" => Ok(None),
+                _ => number(1, 1_000_000)(text).map(Some).map_err(|mistake| format!("{mistake}, nor off")),
+            }),
             idempotency_ttl: read.duration("SINGLETRACK_IDEMPOTENCY_TTL", &self.idempotency_ttl, "1day"),
             public_url: read.take("SINGLETRACK_PUBLIC_URL", &self.public_url, None, |text| public_url(text).map(Some)),
             data_dir: read.take("SINGLETRACK_DATA_DIR", &self.data_dir, ".singletrack".into(), |text| Ok(text.into())),
@@ -413,6 +423,8 @@ impl fmt::Display for Config {
         writeln!(out, "SINGLETRACK_MIGRATE={}", lower(&self.migrate))?;
         writeln!(out, "SINGLETRACK_LISTEN={}", self.listen)?;
         writeln!(out, "SINGLETRACK_ALLOW_PUBLIC={}", if self.allow_public { "on" } else { "off" })?;
+        let rate = self.key_rate.map_or("off".to_owned(), |rate| rate.to_string());
+        writeln!(out, "SINGLETRACK_KEY_RATE={rate}")?;
         writeln!(out, "SINGLETRACK_PUBLIC_URL={}", self.public_url.as_deref().unwrap_or_default())?;
         writeln!(out, "SINGLETRACK_DATA_DIR={}", self.data_dir.display())?;
         writeln!(out, "SINGLETRACK_PG_BIN={}", path(&self.pg_bin))?;

@@ -4,8 +4,8 @@
 //! All good keys are in memory, read anew every few seconds while requests come: a request costs no statement, and neither does
 //! guessing.
 
-use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
@@ -18,9 +18,10 @@ use tokio::time::sleep;
 use utoipa::openapi::OpenApi;
 
 use super::problem::Problem;
+use super::usage::Usage;
 use super::{Api, guard};
 use crate::domain::{Patterns, Scope, Token, WorkflowId};
-use crate::store::{self, Db, keys};
+use crate::store::{Db, keys};
 
 /// How long what was read is relied on: so long a revoked key may go on elsewhere than where it was revoked.
 const FRESH: Duration = Duration::from_secs(5);
@@ -28,8 +29,6 @@ const FRESH: Duration = Duration::from_secs(5);
 const NEW: Duration = Duration::from_secs(1);
 /// How often it is looked whether those who listen still may.
 const STREAMS: Duration = Duration::from_secs(5);
-/// How often it is written down which keys were used.
-const NOTED: Duration = Duration::from_secs(60);
 
 /// What routes need, by their path and method, as the document has it.
 #[derive(Debug)]
@@ -172,36 +171,24 @@ struct Book {
     keys: Option<HashMap<String, Arc<Key>>>,
 }
 
-/// The keys of the service, and which of them were used.
+/// The keys of the service.
 pub struct Keys {
     always: bool,
     book: RwLock<Option<Book>>,
-    used: Mutex<(Instant, HashSet<String>)>,
+    /// Which of them were used.
+    pub(super) usage: Usage,
 }
 
 impl Keys {
-    /// Keys that are asked for as soon as one was made, or `always`.
-    pub fn new(always: bool) -> Self {
-        Self { always, book: RwLock::default(), used: Mutex::new((Instant::now(), HashSet::new())) }
+    /// Keys that are asked for as soon as one was made, or `always`. `rate` is how many requests per second one of them may send;
+    /// `None`: any number.
+    pub fn new(always: bool, rate: Option<u32>) -> Self {
+        Self { always, book: RwLock::default(), usage: Usage::new(rate) }
     }
 
     /// Reads them anew with the next request.
     pub(super) async fn forget(&self) {
         *self.book.write().await = None;
-    }
-
-    /// Writes down which were used: now and then, and `now` where it is the last time.
-    pub(super) async fn flush(&self, db: &Db, now: bool) -> Result<(), store::Error> {
-        let mut ids: Vec<String> = {
-            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-            if used.1.is_empty() || !now && used.0.elapsed() < NOTED {
-                return Ok(());
-            }
-            used.0 = Instant::now();
-            used.1.drain().collect()
-        };
-        ids.sort_unstable();
-        db.with(async |connection| keys::used(connection, &ids).await).await
     }
 
     /// Whose request it is, by its header; a problem where keys are asked for and it has no good one.
@@ -214,13 +201,7 @@ impl Keys {
         match found {
             Look::Off => Ok(Caller::Anybody),
             Look::Unknown => Err(Problem::no_key(headers.contains_key(header::AUTHORIZATION))),
-            Look::Good(key) => {
-                let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-                if !used.1.contains(&key.id) {
-                    used.1.insert(key.id.clone());
-                }
-                Ok(Caller::Key(key))
-            }
+            Look::Good(key) => Ok(Caller::Key(key)),
         }
     }
 
@@ -336,8 +317,13 @@ async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Prob
     }
     let caller = api.keys.caller(&api.db, &request.headers).await?;
     match &caller {
-        Caller::Key(key) if key.may(scope) => Ok(caller),
-        Caller::Key(key) => Err(Problem::not_allowed(&key.name, scope)),
+        Caller::Key(key) => {
+            // A worker that is not let in would lose what it holds.
+            let counted = !request.uri.path().starts_with("/api/v1/leases/");
+            let noted = api.keys.usage.note(&key.id, counted, Instant::now());
+            noted.map_err(|seconds| Problem::too_many_requests(&key.name, seconds))?;
+            if key.may(scope) { Ok(caller) } else { Err(Problem::not_allowed(&key.name, scope)) }
+        }
         // A page that was led here by another name can send any header, and there is no key that it would have to know.
         Caller::Anybody | Caller::Nobody => guard::check_host(&api.facts, request).map(|()| caller),
     }

@@ -24,6 +24,7 @@ mod problem;
 mod refusals;
 mod runs;
 mod schedules;
+mod usage;
 mod workflows;
 
 use std::net::SocketAddr;
@@ -33,7 +34,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRef};
-use axum::http::{HeaderName, Request};
+use axum::http::{HeaderName, HeaderValue, Request, header};
 use axum::middleware;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -41,6 +42,7 @@ use tower::ServiceBuilder;
 use tower_http::ServiceBuilderExt as _;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{MakeRequestUuid, RequestId};
+use tower_http::set_header::SetResponseHeaderLayer;
 use tower_http::trace::TraceLayer;
 use utoipa::openapi::security::SecurityRequirement;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
@@ -286,9 +288,17 @@ fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
             ServiceBuilder::new()
                 .set_request_id(request_id.clone(), MakeRequestUuid)
                 .layer(TraceLayer::new_for_http().make_span_with(span).on_request(()).on_failure(()))
-                .propagate_request_id(request_id),
+                .propagate_request_id(request_id)
+                .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+                .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
+                .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
         )
         .with_state(api)
+}
+
+/// Tells browsers what not to do with an answer; a page says for itself what it needs.
+fn unless_set(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value))
 }
 
 fn span<B>(request: &Request<B>) -> tracing::Span {

@@ -41,7 +41,7 @@ pub async fn keep_notes(api: Api, over: CancellationToken) {
         if let Err(error) = refusals.flush(&api.db).await {
             tracing::warn!(%error, "can't record refusals; trying again");
         }
-        if let Err(error) = api.keys.flush(&api.db, false).await {
+        if let Err(error) = api.keys.usage.flush(&api.db, false).await {
             tracing::warn!(%error, "can't write down which keys were used");
         }
     }
@@ -50,7 +50,7 @@ pub async fn keep_notes(api: Api, over: CancellationToken) {
             tracing::warn!(%error, "can't record the last refusals; trying again");
             sleep(EVERY / 10).await;
         }
-        if let Err(error) = api.keys.flush(&api.db, true).await {
+        if let Err(error) = api.keys.usage.flush(&api.db, true).await {
             tracing::warn!(%error, "can't write down which keys were used");
         }
     };

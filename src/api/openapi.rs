@@ -34,6 +34,9 @@ pub fn document() -> OpenApi {
             if operation.security.as_deref().unwrap_or_default().len() > 1 {
                 let responses = &mut operation.responses.responses;
                 responses.insert("401".into(), unknown_caller());
+                responses
+                    .entry("429".into())
+                    .or_insert_with(|| problem("`too-many-requests`: the key is over its rate."));
                 responses.insert(
                     "403".into(),
                     problem(

@@ -1,5 +1,7 @@
 //! Errors as `application/problem+json` (RFC 9457): a stable `type` per cause.
 
+mod access;
+
 use std::any::Any;
 
 use axum::body::Body;
@@ -9,7 +11,7 @@ use chrono::Utc;
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::domain::{Holder, Pause, Scope, Status, WorkflowId};
+use crate::domain::{Holder, Pause, Status, WorkflowId};
 use crate::store;
 
 /// What `type` begins with; the cause follows.
@@ -30,8 +32,8 @@ pub(super) struct Problem {
     /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-paused`, `too-many-waiting`,
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
-    /// `not-authenticated`, `not-allowed`, `key-name-taken`, `host-not-allowed`, `origin-not-allowed`, `too-many-listeners`, `contended`, `database-busy`,
-    /// `database-unavailable`, `internal`.
+    /// `not-authenticated`, `not-allowed`, `key-name-taken`, `too-many-requests`, `host-not-allowed`, `origin-not-allowed`,
+    /// `too-many-listeners`, `contended`, `database-busy`, `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -270,54 +272,6 @@ impl Problem {
              store large ones elsewhere and hand over where they are.",
             super::BODY_LIMIT
         ))
-    }
-
-    /// `shown`: something was given for a key.
-    pub(super) fn no_key(shown: bool) -> Self {
-        let detail = match shown {
-            true => {
-                "This key is unknown, was revoked, or has expired: send another one as Authorization: Bearer st_..."
-            }
-            false => "Send a key, in the header Authorization: Bearer st_... `singletrack keys create` makes one.",
-        };
-        Self::new(StatusCode::UNAUTHORIZED, "not-authenticated", "A key is needed").with_detail(detail)
-    }
-
-    pub(super) fn not_allowed(name: &str, scope: Scope) -> Self {
-        let scope = scope.as_str();
-        Self::new(StatusCode::FORBIDDEN, "not-allowed", "The key is not for this").with_detail(format!(
-            "Key `{name}` does not have the scope `{scope}`, which this call needs: use a key that has it, or `admin`."
-        ))
-    }
-
-    pub(super) fn bound_key() -> Self {
-        Self::new(StatusCode::FORBIDDEN, "not-allowed", "The key is not for this").with_detail(
-            "It is bound to some workflows, and this is about all of them: use a key with the scope `admin` that is not.",
-        )
-    }
-
-    pub(super) fn key_name_taken(name: &str) -> Self {
-        Self::new(StatusCode::CONFLICT, "key-name-taken", "There is a key of this name").with_detail(format!(
-            "`{name}` stands for that key in the history: choose another name, or revoke that one first."
-        ))
-    }
-
-    pub(super) fn refused_host(host: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "host-not-allowed", "This service does not go by that name").with_detail(
-            format!(
-                "Host `{}` is neither loopback nor that of SINGLETRACK_PUBLIC_URL: send one of these, or set that one to how \
-                 others reach this service.",
-                host.escape_debug()
-            ),
-        )
-    }
-
-    pub(super) fn refused_origin(origin: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "origin-not-allowed", "Web pages of other origins may not use this service")
-            .with_detail(format!(
-                "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
-                origin.escape_debug()
-            ))
     }
 
     pub(super) fn too_many_listeners(most: usize) -> Self {

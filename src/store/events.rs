@@ -87,7 +87,7 @@ pub struct Page {
 
 /// Where an event stands that is yet to come.
 pub async fn now(connection: &mut PgConnection) -> sqlx::Result<Position> {
-    let xid = sqlx::query_scalar!(r#"select pg_snapshot_xmin(pg_current_snapshot())::text::bigint as "xid!""#);
+    let xid = sqlx::query_scalar!(r#"select events_horizon()::text::bigint as "xid!""#);
     Ok(Position { xid: xid.fetch_one(connection).await?, seq: 0 })
 }
 

@@ -282,6 +282,34 @@ async fn serve_listens_beyond_loopback_only_with_a_key_or_when_told_so_in_so_man
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_key_over_its_rate_is_told_when_to_come_back_and_no_other_key_and_no_lease_is() {
+    let test = TestDb::new().await;
+    let [one, other] =
+        [key(&test, "one", &[Scope::Admin], None).await, key(&test, "other", &[Scope::Admin], None).await];
+    let settings = Settings { workers: Some("0".into()), key_rate: Some("5".into()), ..short_lease() };
+    let replica = Replica::with(&test, settings).await;
+    let (one, other) = (replica.client.having(&one), replica.client.having(&other));
+    let mut answers = Vec::new();
+    for _ in 0..200 {
+        answers.push(one.get("/api/v1/queues").await);
+        if answers.last().unwrap().status == 429 {
+            break;
+        }
+    }
+    assert!(answers.len() > 5 && answers[..5].iter().all(|answer| answer.status == 200), "{answers:?}");
+    let refused = answers.last().unwrap();
+    assert_eq!(
+        (refused.status, refused.cause(), &refused.headers["retry-after"]),
+        (429, "too-many-requests", &"1".parse().unwrap())
+    );
+    assert_eq!(other.get("/api/v1/queues").await.status, 200);
+    for _ in 0..20 {
+        assert_eq!(one.say("heartbeat", json!([])).await.status, 422, "it is read");
+    }
+    assert_eq!(one.get("/livez").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_name_that_leads_here_gets_in_by_no_made_up_key_while_none_is_asked_for() {
     let test = TestDb::new().await;
     let replica = Replica::with(&test, Settings { workers: Some("0".into()), ..short_lease() }).await;

@@ -237,7 +237,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         wake_scheduler: Arc::default(),
         draining: CancellationToken::new(),
         notes: Arc::default(),
-        keys: Keys::new(false),
+        keys: Keys::new(false, None),
         feed: Arc::default(),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
     });

@@ -255,7 +255,7 @@ async fn waiting_claim(test: &TestDb, client: &Client, more: Value) -> JoinHandl
         let looked: bool = sqlx::query_scalar(
             "select exists (select from pg_stat_activity
                             where datname = current_database() and state = 'idle' and query_start > $1
-                              and query like '%numbered as%')",
+                              and query like '-- MATERIALIZED, or%')",
         )
         .bind(now)
         .fetch_one(&test.sql)

@@ -4,11 +4,16 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use rustix::process::geteuid;
 use singletrack::config::Settings;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
+use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
 use crate::support::process::{GUARD, Process, SHORT_LEASE, singletrack};
 use crate::support::proxy::Proxy;
@@ -165,6 +170,43 @@ async fn every_answer_has_an_id_to_find_it_in_the_log_by() {
     }
     let named = send(&replica.client, &(Method::GET, "/livez".into(), ""), &[("X-Request-Id", "mine-1")]).await;
     assert_eq!(named.headers["x-request-id"], "mine-1", "a proxy's own is kept");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_tells_browsers_to_show_it_in_no_frame_and_to_guess_nothing() {
+    let (_test, replica, run) = replica(short_lease()).await;
+    for request in requests(&run) {
+        let answer = send(&replica.client, &request, &[]).await;
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("referrer-policy", "no-referrer"),
+            ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+        ] {
+            assert_eq!(answer.headers.get(name).unwrap(), value, "{request:?}: {answer:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_sends_the_head_of_a_request_slowly_is_cut_off() {
+    let (_test, replica, _) = replica(short_lease()).await;
+    let mut slow = TcpStream::connect(replica.client.base.strip_prefix("http://").unwrap()).await.unwrap();
+    slow.write_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
+    let (since, mut answer) = (Instant::now(), Vec::new());
+    let cut = timeout(LIMIT, async {
+        // A line now and then does not begin the time anew.
+        for line in 0.. {
+            let sent = slow.write_all(format!("X-{line}: x\r\n").as_bytes()).await;
+            let read = timeout(Duration::from_millis(500), slow.read_to_end(&mut answer)).await;
+            if sent.is_err() || read.is_ok() {
+                break;
+            }
+        }
+    });
+    cut.await.expect("it is cut off");
+    assert!(since.elapsed() >= Duration::from_secs(5), "one that is merely far away is not: {:?}", since.elapsed());
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.is_empty() || text.starts_with("HTTP/1.1 408"), "{text}");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 -- There is always a row, for the horizon.
 with horizon as materialized (
-    select pg_snapshot_xmin(pg_current_snapshot()) as xmin
+    select events_horizon() as xmin
 ),
 page as materialized (
     select e.*
