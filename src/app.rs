@@ -3,6 +3,7 @@
 mod client;
 pub mod demo;
 pub mod doctor;
+pub mod keys;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -32,6 +33,8 @@ use crate::executor::handler::Handlers;
 use crate::executor::http;
 pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
+use crate::store::logs::{Bound, PIECES};
+use crate::store::reports::Reports;
 use crate::store::retention::{Ages, SQL_KEY};
 use crate::store::settler::Settler;
 use crate::store::{self, Db, Flight, migrate, pooler};
@@ -152,6 +155,10 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     let servers = servers.into();
     let listen = listener.local_addr()?;
+    let closed = !listen.ip().is_loopback() && !config.allow_public;
+    if closed && role == Role::Serve {
+        keys::check_some(&servers, listen).await?;
+    }
     let ctx = context(&config, &servers, &stop, Some(listen), None)?;
     if config.worker.guarding.mode == guard::Mode::Off {
         tracing::warn!(
@@ -167,8 +174,11 @@ pub async fn run(
         flights: ctx.flights.clone(),
         enqueuer: enqueuer.clone(),
         settler: ctx.settler.clone(),
+        reports: ctx.reports.clone(),
         draining: stop.draining.clone(),
         notes: Arc::default(),
+        keys: api::Keys::new(closed, config.key_rate),
+        feed: Arc::default(),
         facts: Arc::new(Facts::new(
             listen,
             config.public_url.clone(),
@@ -186,8 +196,9 @@ pub async fn run(
     let mut parts = Parts::default();
     let over = CancellationToken::new();
     parts.spawn_flights("enqueues", || over.clone().cancelled_owned(), |flight| enqueuer.clone().run(flight));
-    parts.spawn_flights("ends", || settled(ctx.clone(), over.clone()), |flight| ctx.settler.clone().run(flight));
+    spawn_gathered(&mut parts, &ctx, &over);
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
+    parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
         Role::Serve => api::router(api).merge(ui::router()),
         Role::Worker => api::probes_router(api),
@@ -238,11 +249,7 @@ pub async fn embed(config: Config, handlers: Handlers, stop: Stop) -> anyhow::Re
     let ctx = context(&config, &servers, &stop, None, Some(Arc::new(handlers)))?;
     tracing::info!(worker = %ctx.name, capacity = config.worker.capacity, ?workflows, "ready");
     let mut parts = Parts::default();
-    parts.spawn_flights(
-        "ends",
-        || settled(ctx.clone(), ctx.draining.clone()),
-        |flight| ctx.settler.clone().run(flight),
-    );
+    spawn_gathered(&mut parts, &ctx, &ctx.draining);
     work(&config, &servers, ctx, parts, &stop, || ()).await
 }
 
@@ -322,9 +329,11 @@ fn context(
     let listen = listen.unwrap_or(config.listen);
     let db = Db::new(servers.clone(), config.pool_size, store::LIMIT);
     let flights = db.flights(FLIGHT_CONNECTIONS);
+    let bound = Bound { bytes: i64::try_from(worker.log_bytes).unwrap_or(i64::MAX), pieces: PIECES };
     let public_url = config.public_url.clone().unwrap_or_else(|| format!("http://{listen}"));
     Ok(engine::Ctx {
         settler: Settler::new(flights.clone()),
+        reports: Reports::new(flights.clone(), bound),
         flights,
         db,
         lease_db: Db::new(servers.clone(), 1, renewal_limit),
@@ -359,6 +368,13 @@ async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handl
     if let Err(error) = server.serve(router.into_make_service_with_connect_info::<SocketAddr>()).await {
         tracing::error!(%error, "the API ended");
     }
+}
+
+/// What is gathered from attempts is sent as long as there are any, and nothing is `over` that may ask for more.
+fn spawn_gathered(parts: &mut Parts, ctx: &engine::Ctx, over: &CancellationToken) {
+    let over = || settled(ctx.clone(), over.clone());
+    parts.spawn_flights("ends", over, |flight| ctx.settler.clone().run(flight));
+    parts.spawn_flights("reports", over, |flight| ctx.reports.clone().run(flight));
 }
 
 /// Waits until nothing is to be settled any more: after `over`, when no attempt is left.

@@ -33,9 +33,18 @@ pub struct Settings {
     /// Whether to bring the schema up to date at start: auto or off. [default: auto]
     #[arg(long, env = "SINGLETRACK_MIGRATE", value_name = "WHEN")]
     pub migrate: Option<String>,
-    /// Address the API listens on; loopback only. [default: 127.0.0.1:7410]
+    /// Address the API listens on. Beyond loopback every request needs a key, and `serve` starts only when there is one; see
+    /// `singletrack keys`. [default: 127.0.0.1:7410]
     #[arg(long, env = "SINGLETRACK_LISTEN", value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
+    /// Listen beyond loopback also while no key was ever made, and let in whoever gets there: on or off. They can start commands on this
+    /// machine. [default: off]
+    #[arg(long, env = "SINGLETRACK_ALLOW_PUBLIC", value_name = "WHETHER")]
+    pub allow_public: Option<String>,
+    /// Requests per second that one key may send to one replica, and at once; those about leases are not counted. A number, or off.
+    /// [default: off]
+    #[arg(long, env = "SINGLETRACK_KEY_RATE", value_name = "NUMBER")]
+    pub key_rate: Option<String>,
     /// How others reach it, through a proxy say: for callbacks and links, and its host is let in. [default: http:// and the address listened on]
     #[arg(long, env = "SINGLETRACK_PUBLIC_URL", value_name = "URL")]
     pub public_url: Option<String>,
@@ -123,6 +132,10 @@ pub struct Config {
     pub migrate: Migrate,
     /// Address of the API.
     pub listen: SocketAddr,
+    /// Whether to listen beyond loopback also while no key was ever made.
+    pub allow_public: bool,
+    /// Requests per second that one key may send; `None` for any number.
+    pub key_rate: Option<u32>,
     /// How others reach it; `None`: the address listened on.
     pub public_url: Option<String>,
     /// How long an accepted answer is kept under its idempotency key.
@@ -272,6 +285,15 @@ impl Settings {
                 _ => Err(format!("`{text}` is neither auto nor off")),
             }),
             listen: read.take("SINGLETRACK_LISTEN", &self.listen, SocketAddr::from(([127, 0, 0, 1], 7410)), listen),
+            allow_public: read.take("SINGLETRACK_ALLOW_PUBLIC", &self.allow_public, false, |text| match text {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err(format!("`{text}` is neither on nor off")),
+            }),
+            key_rate: read.take("SINGLETRACK_KEY_RATE", &self.key_rate, None, |text| match text {
+                "off" => Ok(None),
+                _ => number(1, 1_000_000)(text).map(Some).map_err(|mistake| format!("{mistake}, nor off")),
+            }),
             idempotency_ttl: read.duration("SINGLETRACK_IDEMPOTENCY_TTL", &self.idempotency_ttl, "1day"),
             public_url: read.take("SINGLETRACK_PUBLIC_URL", &self.public_url, None, |text| public_url(text).map(Some)),
             data_dir: read.take("SINGLETRACK_DATA_DIR", &self.data_dir, ".singletrack".into(), |text| Ok(text.into())),
@@ -350,17 +372,8 @@ impl Settings {
 }
 
 fn listen(text: &str) -> Result<SocketAddr, String> {
-    let address: SocketAddr = text
-        .replace("localhost:", "127.0.0.1:")
-        .parse()
-        .map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:7410"))?;
-    if address.ip().is_loopback() {
-        return Ok(address);
-    }
-    Err(format!(
-        "{address} can be reached from other machines, and whoever reaches the API can start commands on this one: \
-         listen on 127.0.0.1 or [::1], and put a proxy that authenticates in front"
-    ))
+    let address = text.replace("localhost:", "127.0.0.1:").parse();
+    address.map_err(|_| format!("`{text}` is not an address and port such as 127.0.0.1:7410"))
 }
 
 fn public_url(text: &str) -> Result<String, String> {
@@ -409,6 +422,9 @@ impl fmt::Display for Config {
         writeln!(out, "DATABASE_URL={url}")?;
         writeln!(out, "SINGLETRACK_MIGRATE={}", lower(&self.migrate))?;
         writeln!(out, "SINGLETRACK_LISTEN={}", self.listen)?;
+        writeln!(out, "SINGLETRACK_ALLOW_PUBLIC={}", if self.allow_public { "on" } else { "off" })?;
+        let rate = self.key_rate.map_or("off".to_owned(), |rate| rate.to_string());
+        writeln!(out, "SINGLETRACK_KEY_RATE={rate}")?;
         writeln!(out, "SINGLETRACK_PUBLIC_URL={}", self.public_url.as_deref().unwrap_or_default())?;
         writeln!(out, "SINGLETRACK_DATA_DIR={}", self.data_dir.display())?;
         writeln!(out, "SINGLETRACK_PG_BIN={}", path(&self.pg_bin))?;

@@ -48,6 +48,10 @@
 //! Where the database has several servers, `store/servers.rs` finds the primary, for every connection of ours, and again after a
 //! failover; a pooler on the way to it that shares connections is refused at start ([`store::pooler`]).
 //!
+//! Who sends a request, and what they may, is for `api/auth.rs` to say: all good keys are in memory for some seconds, the route table in
+//! `api/mod.rs` has each route's scope, and what a key that is bound to workflows does not see is left out by the SQL of lists and claims.
+//! [`app::keys`] makes the first one; `audit_log` has what is changed besides runs.
+//!
 //! # A worker in your own program
 //!
 //! [`embed`] runs [`Handlers`], which are async functions, as the service runs commands; a [`Context`] is what such a function
@@ -60,6 +64,7 @@
 //! | module | what it is | may use |
 //! |---|---|---|
 //! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, executor, config |
+//! | [`metrics`] | what the process counts, for Prometheus; anybody may count | nothing of ours |
 //! | `tls` | whose certificates are trusted where we call somebody | nothing of ours |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
 //! | [`store`] | all SQL: free functions over a connection, long statements in `store/sql/` | domain |
@@ -87,6 +92,7 @@
 //! - A run waits behind a holder that knows it (`has_waiters`), or behind a pause; both are locked while it gets in line.
 //! - Times are the database's. A replica's clock decides nothing that another replica sees.
 //! - `api` and `engine` never meet: rows and wake-ups are between them, and a lost wake-up costs latency only.
+//! - As soon as there is a key, every request needs one; rows of `api_keys` are never deleted.
 //! - Only `store` has SQL. Only [`store::Db::with`] hands out connections, with a limit on what is done with them.
 //!
 //! `invariant_violations`, a view, has as queries those of them that rows can show, and [`app::doctor`] looks at them, at the schema and
@@ -111,6 +117,7 @@ pub mod api;
 
 pub mod app;
 pub mod config;
+pub mod metrics;
 pub mod telemetry;
 pub(crate) mod tls;
 

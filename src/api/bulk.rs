@@ -8,6 +8,7 @@ use chrono::{DateTime, Datelike as _, Utc};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::auth::Caller;
 use super::enqueue::{Started, start_all};
 use super::extract::{Actor, Json, refuse_headers};
 use super::problem::{Place, Problem};
@@ -54,7 +55,7 @@ pub(super) struct Which {
 
 impl Which {
     /// The filter, narrowed to `possible` statuses.
-    fn filter(self, possible: impl Fn(&Status) -> bool) -> Result<Filter, Problem> {
+    fn filter(self, caller: &Caller, possible: impl Fn(&Status) -> bool) -> Result<Filter, Problem> {
         let id = |name: &str, id: Option<String>| {
             let wrong = |detail| Problem::invalid_at(Place::Pointer(format!("/{name}")), detail);
             id.map(|id| id.parse::<WorkflowId>().map(|id| id.to_string()).map_err(wrong)).transpose()
@@ -75,6 +76,7 @@ impl Which {
             labels: labels.into_iter().collect(),
             since,
             until,
+            bound: None,
         };
         if filter == Filter::default() {
             let detail =
@@ -86,7 +88,8 @@ impl Which {
             let detail = format!("`{}` makes no sense here: some of {names}", wrong.as_str());
             return Err(Problem::invalid_at(Place::Pointer("/status".into()), detail));
         }
-        Ok(Filter { statuses: if status.is_empty() { all.collect() } else { status }, ..filter })
+        let statuses = if status.is_empty() { all.collect() } else { status };
+        Ok(Filter { statuses, bound: caller.bound(), ..filter })
     }
 }
 
@@ -109,20 +112,21 @@ pub(super) struct Done {
 /// All runs that are not over and that the filters find, each as by itself; those that hold a slot last, so that none takes a slot
 /// only to be cancelled in it. With `dry_run` nothing is done.
 #[utoipa::path(
-    post, path = "/api/v1/runs/cancel", operation_id = "cancel_runs", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/v1/runs/cancel", operation_id = "cancel_runs", tag = TAG,
     params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     request_body = Which,
     responses((status = 200, body = Done), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn cancel(
     State(api): State<Api>,
+    caller: Caller,
     Actor(actor): Actor,
     headers: HeaderMap,
     Json(which): Json<Which>,
 ) -> Result<axum::Json<Done>, Problem> {
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     let dry_run = which.dry_run;
-    let (ids, mut done) = find(&api, which.filter(|status| !status.is_final())?).await?;
+    let (ids, mut done) = find(&api, which.filter(&caller, |status| !status.is_final())?).await?;
     if dry_run {
         return Ok(axum::Json(done));
     }
@@ -147,20 +151,21 @@ pub(super) async fn cancel(
 /// All runs that are over and that the filters find, newest first, each as by itself: a new run that needs the slot of its workflow, or
 /// waits for it where the workflow says so. With `dry_run` nothing is done.
 #[utoipa::path(
-    post, path = "/api/v1/runs/rerun", operation_id = "rerun_runs", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/v1/runs/rerun", operation_id = "rerun_runs", tag = TAG,
     params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     request_body = Which,
     responses((status = 200, body = Done), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn rerun(
     State(api): State<Api>,
+    caller: Caller,
     Actor(actor): Actor,
     headers: HeaderMap,
     Json(which): Json<Which>,
 ) -> Result<axum::Json<Done>, Problem> {
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     let dry_run = which.dry_run;
-    let (ids, mut done) = find(&api, which.filter(|status| status.is_final())?).await?;
+    let (ids, mut done) = find(&api, which.filter(&caller, |status| status.is_final())?).await?;
     if dry_run {
         return Ok(axum::Json(done));
     }

@@ -9,6 +9,7 @@ use rand::random_range;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 
+use super::auth::Caller;
 use super::extract::Json;
 use super::leases::TAG;
 use super::problem::{Mistake, Place, Problem};
@@ -16,7 +17,7 @@ use super::{Api, Terms, to_its_end};
 use crate::domain::workflow::check_queue;
 use crate::domain::{Run, WorkflowId};
 use crate::store;
-use crate::store::claim::{Claim, Claimed, claim as claim_runs, taken_before};
+use crate::store::claim::{Claim, Claimed, FRESH, RECENT, claim as claim_runs, taken_before};
 use crate::store::workers::Subscription;
 
 /// How often a claim that waits looks for runs, at most; for those that its own replica enqueues it is woken.
@@ -49,6 +50,9 @@ pub(super) struct NewClaim {
     #[serde(default)]
     #[schema(minimum = 0, maximum = 60, default = 0)]
     wait_seconds: u64,
+    /// The workflows that the key is bound to.
+    #[serde(skip)]
+    bound: Option<String>,
 }
 
 fn one() -> i64 {
@@ -156,28 +160,40 @@ impl ClaimedRun {
 /// After that send a heartbeat every `heartbeat_interval_seconds`: by its answer a request to cancel and the time limit reach
 /// the worker. One that could send none for most of the timeout must stop its work, for somebody else may be about to begin.
 #[utoipa::path(
-    post, path = "/api/v1/claims", operation_id = "claim_runs", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/claims", operation_id = "claim_runs", tag = TAG,
     request_body = NewClaim,
     responses((status = 200, body = Claims, description = "What was claimed; nothing, where nothing was due"),
               (status = 400, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) -> Result<axum::Json<Claims>, Problem> {
+pub(super) async fn claim(
+    State(api): State<Api>,
+    caller: Caller,
+    Json(mut wanted): Json<NewClaim>,
+) -> Result<axum::Json<Claims>, Problem> {
     wanted.check()?;
     let (since, wait) = (Instant::now(), Duration::from_secs(wanted.wait_seconds));
     let place = api.facts.claimants.try_acquire();
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
+    wanted.bound = caller.bound();
     let wanted = Arc::new(wanted);
     let subscription = wanted.subscription();
+    let mut clear: Option<Instant> = None;
     while !api.draining.is_cancelled() {
         // Listening before it looks, or it would miss what is enqueued in between.
         let mut woken = pin!(api.wake_pull.notified());
         woken.as_mut().enable();
         api.notes.presence.seen(&wanted.worker, &subscription);
-        let claimed = take(&api, &wanted).await?;
+        let recent = clear.filter(|clear| clear.elapsed() < FRESH).map(|_| RECENT);
+        if recent.is_none() {
+            clear = Some(Instant::now());
+        }
+        let claimed = take(&api, &wanted, recent).await?;
         let left = wait.saturating_sub(since.elapsed());
         if !claimed.is_empty() || left.is_zero() {
-            let runs = claimed.into_iter().map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
+            // What was taken under the same id before may have been somebody else's.
+            let claimed = claimed.into_iter().filter(|claimed| caller.sees(&claimed.run.workflow_id));
+            let runs = claimed.map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
             return Ok(axum::Json(Claims { runs }));
         }
         tokio::select! {
@@ -195,15 +211,16 @@ pub(super) async fn claim(State(api): State<Api>, Json(wanted): Json<NewClaim>) 
             .unwrap_or_default(),
         None => Vec::new(),
     };
-    let runs = taken.into_iter().map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
+    let taken = taken.into_iter().filter(|claimed| caller.sees(&claimed.run.workflow_id));
+    let runs = taken.map(|claimed| ClaimedRun::of(claimed, &api.facts.terms)).collect();
     Ok(axum::Json(Claims { runs }))
 }
 
 /// Claims once.
-async fn take(api: &Api, wanted: &Arc<NewClaim>) -> Result<Vec<Claimed>, Problem> {
+async fn take(api: &Api, wanted: &Arc<NewClaim>, recent: Option<Duration>) -> Result<Vec<Claimed>, Problem> {
     let work = {
         let (api, wanted) = (api.clone(), wanted.clone());
-        async move { take_surely(&api, &wanted).await }
+        async move { take_surely(&api, &wanted, recent).await }
     };
     let claimed = to_its_end(work).await?.map_err(|error| match error.outcome_unknown() {
         true => Problem::claim_unknown(&error, wanted.claim_id.is_some()),
@@ -217,14 +234,16 @@ async fn take(api: &Api, wanted: &Arc<NewClaim>) -> Result<Vec<Claimed>, Problem
 
 /// When a claim's outcome is unknown, the same claim is repeated on another connection: it finds what the first one took, or
 /// waits for it at the unique index. Only that it finds nothing proves nothing, for the first may still commit.
-async fn take_surely(api: &Api, wanted: &NewClaim) -> Result<Vec<Claimed>, store::Error> {
+async fn take_surely(api: &Api, wanted: &NewClaim, recent: Option<Duration>) -> Result<Vec<Claimed>, store::Error> {
     let (terms, executor_types) = (&api.facts.terms, ["pull".to_owned()]);
     let request = Claim {
         worker: &wanted.worker,
         queues: wanted.queues.as_deref(),
         executor_types: &executor_types,
         workflows: wanted.workflows.as_deref(),
+        bound: wanted.bound.as_deref(),
         claim_id: wanted.claim_id.as_deref(),
+        recent,
         limit: wanted.max,
         timeout_seconds: i32::try_from(terms.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(terms.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),

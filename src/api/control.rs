@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 
+use super::auth::Caller;
 use super::enqueue::start;
 use super::extract::{Actor, Id, Nothing, refuse_headers};
 use super::problem::Problem;
@@ -21,7 +22,7 @@ const TAG: &str = "runs";
 /// worker gets to know within a second, wherever it is, and a pull worker or callback with its next heartbeat. It is `cancelled`
 /// then, unless it succeeded before. To cancel what is cancelled is 200 too; any other final run is 409.
 #[utoipa::path(
-    post, path = "/api/v1/runs/{id}/cancel", operation_id = "cancel_run", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/v1/runs/{id}/cancel", operation_id = "cancel_run", tag = TAG,
     params(("id" = Uuid, Path, description = "Run id"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     responses((status = 200, body = Run, description = "It is cancelled"),
@@ -32,10 +33,14 @@ const TAG: &str = "runs";
               (status = 503, body = Problem)))]
 pub(super) async fn cancel(
     State(api): State<Api>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
     Actor(actor): Actor,
     _: Nothing,
 ) -> Result<Response, Problem> {
+    if caller.bound().is_some() {
+        read(&api.db, id, &caller).await?;
+    }
     let db = api.db.clone();
     let cancelled =
         to_its_end(async move { db.with(async |connection| control::cancel(connection, id, &actor).await).await })
@@ -46,7 +51,7 @@ pub(super) async fn cancel(
     if cancelled == Cancelled::AtOnce {
         api.look_again();
     }
-    let run = read(&api.db, id).await?;
+    let run = read(&api.db, id, &caller).await?;
     match cancelled {
         Cancelled::Requested => {
             Ok((StatusCode::ACCEPTED, [(header::LOCATION, run_path(id))], axum::Json(run)).into_response())
@@ -61,7 +66,7 @@ pub(super) async fn cancel(
 /// A new run of the same workflow, with the revision, input, priority, labels and number of attempts of this one. It needs the slot: the
 /// answers are those of an enqueue.
 #[utoipa::path(
-    post, path = "/api/v1/runs/{id}/rerun", operation_id = "rerun_run", tag = TAG, security((), ("api_key" = ["enqueue"])),
+    post, path = "/api/v1/runs/{id}/rerun", operation_id = "rerun_run", tag = TAG,
     params(("id" = Uuid, Path, description = "The run to repeat"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     responses((status = 200, body = Run, description = "`return_existing`: this run has the slot"),
@@ -75,13 +80,14 @@ pub(super) async fn cancel(
               (status = 503, body = Problem)))]
 pub(super) async fn rerun(
     State(api): State<Api>,
+    caller: Caller,
     Id(RunId(id)): Id<RunId>,
     Actor(requested_by): Actor,
     headers: HeaderMap,
     _: Nothing,
 ) -> Result<Response, Problem> {
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
-    let repeated = read(&api.db, id).await?;
+    let repeated = read(&api.db, id, &caller).await?;
     let workflow_id = repeated.workflow_id.parse().map_err(Problem::internal)?;
     let request = Request { rerun_of: Some(id), ..Request::new(workflow_id, requested_by) };
     Ok(start(&api, request).await?.into_response())

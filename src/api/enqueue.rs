@@ -10,14 +10,16 @@ use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use super::auth::Caller;
 use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers};
 use super::problem::{Mistake, Place, Problem};
-use super::runs::{LONGEST_WAIT, follow};
+use super::runs::{LONGEST_WAIT, until_over};
 use super::{Api, run_path, to_its_end};
 use crate::domain::object::objects;
 use crate::domain::retry::check_max_attempts;
 use crate::domain::workflow::{check_key, check_labels, check_priority};
 use crate::domain::{Holder, OnConflict, Run, Status, WorkflowId};
+use crate::metrics::METRICS;
 use crate::store;
 use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 
@@ -111,7 +113,7 @@ impl NewRun {
 /// is by then. With `Prefer: wait=N` a 409 is given when the holder is over, or N seconds (at most 60) are; nothing is enqueued.
 #[utoipa::path(
     post, path = "/api/v1/workflows/{id}/runs", operation_id = "enqueue_run",
-    tag = TAG, security((), ("api_key" = ["enqueue"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters, the caller's choice, per workflow"),
            ("Prefer" = Option<String>, Header, description = "`wait=30`: hold a 409 until the holder is over", example = "wait=30"),
@@ -132,13 +134,15 @@ impl NewRun {
               (status = 503, body = Problem)))]
 pub(super) async fn enqueue(
     State(api): State<Api>,
+    caller: Caller,
     Id(workflow_id): Id<WorkflowId>,
     Actor(requested_by): Actor,
     headers: HeaderMap,
     Json(new): Json<NewRun>,
 ) -> Result<Response, Problem> {
+    caller.check(&workflow_id)?;
     let wait = preferred_wait(&headers, LONGEST_WAIT)?;
-    let key = key(&api, idempotency_key(&headers)?);
+    let key = key(&api, &caller, idempotency_key(&headers)?);
     let mistakes = new.mistakes("");
     if !mistakes.is_empty() {
         return Err(Problem::invalid(mistakes));
@@ -149,7 +153,7 @@ pub(super) async fn enqueue(
             let holder = problem.slot_holder()?;
             // Without a place to wait the answer is given at once, and says so by not applying the preference.
             let Ok(_place) = api.facts.waiters.try_acquire() else { return Err(Problem::slot_taken(holder)) };
-            let followed = Problem::slot_taken(followed(&api, holder, wait).await?);
+            let followed = Problem::slot_taken(followed(&api, holder, &caller, wait).await?);
             Ok(apply_wait(followed.into_response(), wait))
         }
         (answer, _) => answer.map(Started::into_response),
@@ -157,15 +161,15 @@ pub(super) async fn enqueue(
 }
 
 /// The holder, when it is over or the time is.
-async fn followed(api: &Api, holder: Holder, wait: Duration) -> Result<Holder, Problem> {
-    let run = follow(api, holder.run_id, wait).await?;
+async fn followed(api: &Api, holder: Holder, caller: &Caller, wait: Duration) -> Result<Holder, Problem> {
+    let run = until_over(api, holder.run_id, caller, wait).await?;
     let held = [run.id];
     let mut now = api.db.with(async |connection| holders(connection, &held).await).await?;
     Ok(now.remove(&run.id).unwrap_or_else(|| run.into()))
 }
 
-fn key(api: &Api, text: Option<String>) -> Option<Key> {
-    text.map(|text| Key { text, seconds: api.facts.idempotency_ttl.as_secs_f64() })
+fn key(api: &Api, caller: &Caller, text: Option<String>) -> Option<Key> {
+    text.map(|text| Key { owner: caller.key_id().to_owned(), text, seconds: api.facts.idempotency_ttl.as_secs_f64() })
 }
 
 /// A good end of an enqueue.
@@ -212,6 +216,7 @@ pub(super) async fn start_all(api: &Api, requests: Vec<Request>) -> Result<Vec<R
 }
 
 fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>) -> Result<Started, Problem> {
+    METRICS.enqueues.with_label_values(&[name(&answer)]).inc();
     match answer {
         Ok(Enqueued::Accepted(run)) => {
             if run.status == Status::Queued {
@@ -235,6 +240,23 @@ fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>
         Ok(Enqueued::KeyInFlight) => Err(Problem::key_in_flight()),
         Ok(Enqueued::Contended) => Err(Problem::contended()),
         Err(error) => Err(Problem::of_enqueue(&error, request.id)),
+    }
+}
+
+/// What an answer is counted as.
+fn name(answer: &Result<Enqueued, Arc<store::Error>>) -> &'static str {
+    match answer {
+        Ok(Enqueued::Accepted(_)) => "accepted",
+        Ok(Enqueued::Existing(_)) => "existing",
+        Ok(Enqueued::SlotTaken(_)) => "slot_taken",
+        Ok(Enqueued::Paused(_)) => "workflow_paused",
+        Ok(Enqueued::TooManyWaiting(_)) => "too_many_waiting",
+        Ok(Enqueued::UnknownWorkflow) => "not_found",
+        Ok(Enqueued::KeyMismatch(_)) => "idempotency_key_reused",
+        Ok(Enqueued::KeyInFlight) => "idempotency_in_flight",
+        Ok(Enqueued::Contended) => "contended",
+        Err(error) if error.outcome_unknown() => "unknown",
+        Err(_) => "unavailable",
     }
 }
 
@@ -307,13 +329,14 @@ pub(super) struct BatchResults {
 /// whole request, before anything is done. At most 10000 entries and 32 MiB.
 #[utoipa::path(
     post, path = "/api/v1/runs/batch", operation_id = "enqueue_batch",
-    tag = TAG, security((), ("api_key" = ["enqueue"])),
+    tag = TAG,
     params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
     request_body = Batch,
     responses((status = 200, body = BatchResults), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn batch(
     State(api): State<Api>,
+    caller: Caller,
     Actor(requested_by): Actor,
     headers: HeaderMap,
     Json(batch): Json<Batch>,
@@ -326,7 +349,7 @@ pub(super) async fn batch(
     }
     let (mut requests, mut mistakes) = (Vec::with_capacity(batch.runs.len()), Vec::new());
     for (index, entry) in batch.runs.into_iter().enumerate() {
-        match read_entry(&api, entry, &format!("/runs/{index}"), &requested_by) {
+        match read_entry(&api, &caller, entry, &format!("/runs/{index}"), &requested_by) {
             Ok(request) => requests.push(request),
             Err(wrong) => mistakes.extend(wrong),
         }
@@ -337,7 +360,7 @@ pub(super) async fn batch(
     if !mistakes.is_empty() {
         return Err(Problem::invalid(mistakes));
     }
-    let results = start_all(&api, requests).await?.into_iter().map(|answer| match answer {
+    let results = start_seen(&api, &caller, requests).await?.into_iter().map(|answer| match answer {
         Ok(Started::Accepted(run)) => BatchResult::Run { status: 202, run: Box::new(run) },
         Ok(Started::Existing(run)) => BatchResult::Run { status: 200, run: Box::new(run) },
         Err(problem) => {
@@ -348,8 +371,22 @@ pub(super) async fn batch(
     Ok(axum::Json(BatchResults { results: results.collect() }))
 }
 
+/// Enqueues those whose workflow is there for the caller.
+async fn start_seen(
+    api: &Api,
+    caller: &Caller,
+    requests: Vec<Request>,
+) -> Result<Vec<Result<Started, Problem>>, Problem> {
+    let checks: Vec<_> = requests.iter().map(|request| caller.check(&request.workflow_id)).collect();
+    let seen = requests.into_iter().zip(&checks).filter(|(_, check)| check.is_ok()).map(|(request, _)| request);
+    let mut answers = start_all(api, seen.collect()).await?.into_iter();
+    let contended = || Err(Problem::contended());
+    Ok(checks.into_iter().map(|check| check.and_then(|()| answers.next().unwrap_or_else(contended))).collect())
+}
+
 fn read_entry(
     api: &Api,
+    caller: &Caller,
     mut entry: serde_json::Map<String, serde_json::Value>,
     at: &str,
     requested_by: &str,
@@ -375,5 +412,5 @@ fn read_entry(
     if !mistakes.is_empty() {
         return Err(mistakes);
     }
-    Ok(new.request(workflow_id, key(api, key_text), requested_by.to_owned()))
+    Ok(new.request(workflow_id, key(api, caller, key_text), requested_by.to_owned()))
 }

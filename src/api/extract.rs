@@ -14,6 +14,7 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::auth::Caller;
 use super::problem::{Mistake, Place, Problem};
 use crate::domain::json;
 use crate::domain::workflow::check_key;
@@ -154,7 +155,7 @@ impl Params {
     }
 }
 
-/// Who sends the request: the name in `Singletrack-Actor`, on trust, else the peer's address.
+/// Who sends the request: the key's name; without keys the name in `Singletrack-Actor`, on trust, else the peer's address.
 pub(super) struct Actor(pub(super) String);
 
 impl<S: Send + Sync> FromRequestParts<S> for Actor {
@@ -162,6 +163,9 @@ impl<S: Send + Sync> FromRequestParts<S> for Actor {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         const HEADER: &str = "singletrack-actor";
+        if let Some(name) = parts.extensions.get().and_then(Caller::name) {
+            return Ok(Self(name.to_owned()));
+        }
         let Some(name) = parts.headers.get(HEADER) else {
             let peer = parts.extensions.get::<ConnectInfo<SocketAddr>>();
             return Ok(Self(peer.map_or_else(|| "unknown".to_owned(), |peer| peer.ip().to_string())));

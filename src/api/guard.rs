@@ -1,32 +1,29 @@
 //! Keeps web pages out. The service can start commands on this machine, and any page in a browser on it can send requests
 //! to loopback: by name (`Host`, against DNS rebinding) and by origin they must be ours.
 
-use axum::extract::{Request, State};
 use axum::http::header;
-use axum::middleware::Next;
-use axum::response::{IntoResponse as _, Response};
+use axum::http::request::Parts;
 
+use super::Facts;
 use super::problem::Problem;
-use super::{Api, Facts};
 
-/// Refuses requests that came by a foreign name or from a foreign page.
-pub(super) async fn refuse_strangers(State(api): State<Api>, request: Request, next: Next) -> Response {
-    match check(&api.facts, &request) {
-        Ok(()) => next.run(request).await,
-        Err(problem) => problem.into_response(),
+fn text(request: &Parts, name: header::HeaderName) -> Option<String> {
+    request.headers.get(name).map(|value| value.to_str().unwrap_or("?").to_owned())
+}
+
+/// Refuses a request that came by a foreign name. One with a good key needs no such check: no page has it that was led here.
+pub(super) fn check_host(facts: &Facts, request: &Parts) -> Result<(), Problem> {
+    // HTTP/2 has the name in the URI instead.
+    let host = request.uri.authority().map(|authority| authority.to_string());
+    match host.or_else(|| text(request, header::HOST)) {
+        Some(host) if is_ours(facts, &host) => Ok(()),
+        host => Err(Problem::refused_host(&host.unwrap_or_default())),
     }
 }
 
-fn check(facts: &Facts, request: &Request) -> Result<(), Problem> {
-    let text =
-        |name: header::HeaderName| request.headers().get(name).map(|value| value.to_str().unwrap_or("?").to_owned());
-    // HTTP/2 has the name in the URI instead.
-    let host = request.uri().authority().map(|authority| authority.to_string()).or_else(|| text(header::HOST));
-    match host {
-        Some(host) if is_ours(facts, &host) => {}
-        host => return Err(Problem::refused_host(&host.unwrap_or_default())),
-    }
-    match text(header::ORIGIN) {
+/// Refuses a request of a foreign page.
+pub(super) fn check_origin(facts: &Facts, request: &Parts) -> Result<(), Problem> {
+    match text(request, header::ORIGIN) {
         Some(origin) if !is_our_origin(facts, &origin) => Err(Problem::refused_origin(&origin)),
         _ => Ok(()),
     }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
+use super::auth::Caller;
 use super::extract::Json;
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
@@ -17,7 +18,7 @@ use crate::domain::object::objects;
 use crate::domain::run::PROGRESS_BYTES;
 use crate::domain::{Lease, LogChunk, Outcome, Run, Stream, Verdict};
 use crate::store::claim::{self, Renewal};
-use crate::store::logs::{self, Bound, LAST_SEQ};
+use crate::store::logs::{LAST_SEQ, Piece as StoredPiece};
 use crate::store::runs;
 use crate::store::settle::Settled;
 
@@ -28,8 +29,6 @@ const MOST_LEASES: usize = 1000;
 const ERROR_BYTES: usize = 4 << 10;
 /// Longest piece of log, in bytes.
 const TEXT_BYTES: usize = 64 << 10;
-/// Pieces of log kept of one attempt.
-const PIECES: i64 = 10_000;
 
 /// The token of a lease, as a claim or an http call handed it over.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::ToSchema)]
@@ -159,7 +158,7 @@ impl From<Renewal> for Heard {
 /// run is to be cancelled, or is past its time limit: that is how either reaches it. One that goes on all the same is ended
 /// over its head: its run as `timed_out`, one heartbeat timeout after the time limit.
 #[utoipa::path(
-    post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG,
     request_body = Leases<Heartbeat>,
     responses((status = 200, body = Answers<Heard>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
@@ -172,11 +171,9 @@ pub(super) async fn heartbeat(
         [("progress", beat.progress.as_ref().and_then(|said| too_long(json_size(said), PROGRESS_BYTES)))]
     };
     let heartbeats = heartbeats.checked(|beat| beat.token, check)?;
-    let leases: Vec<Lease> = heartbeats.iter().map(|beat| beat.token.0).collect();
-    let said = |beat: Heartbeat| Some((beat.token.0.fence, beat.progress?));
-    let progress: HashMap<i64, Value> = heartbeats.into_iter().filter_map(said).collect();
-    let renew = async move { api.db.with(async |connection| claim::renew(connection, &leases, &progress).await).await };
-    Ok(answers(to_its_end(renew).await??.into_iter().map(Heard::from)))
+    let leases = heartbeats.into_iter().map(|beat| (beat.token.0, beat.progress)).collect();
+    let renewals = api.reports.renew(leases).await.map_err(|error| Problem::from(&*error))?;
+    Ok(answers(renewals.into_iter().map(Heard::from)))
 }
 
 /// The end of an attempt.
@@ -232,7 +229,7 @@ impl Finish {
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 pub(super) struct Finished {
     result: Taken,
-    /// The run as it is now; null where there is none.
+    /// The run as it is now; null where there is none, and where the end was not taken and the request has no key.
     run: Option<Run>,
 }
 
@@ -252,15 +249,17 @@ enum Taken {
 /// that something else happened to the run, which is shown as it is. A run that failed and has attempts left is `queued`
 /// again; one that was to be cancelled is `cancelled`, and one past its time limit `timed_out`, unless it succeeded.
 ///
-/// The target of an http workflow that answered 202 finishes its run here too, with the token that its request carried.
+/// The target of an http workflow that answered 202 finishes its run here too, with the token that its request carried. The token is
+/// enough: this call needs no key.
 #[utoipa::path(
-    post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG,
     request_body = Leases<Finish>,
     responses((status = 200, body = Answers<Finished>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn finish(
     State(api): State<Api>,
+    caller: Caller,
     Json(ends): Json<Leases<Finish>>,
 ) -> Result<axum::Json<Answers<Finished>>, Problem> {
     let ends = ends.checked(|end| end.token, |end| end.check(api.facts.terms.output_bytes))?;
@@ -270,7 +269,7 @@ pub(super) async fn finish(
     let settled =
         to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
     api.look_again(); // a slot may have been handed on
-    let found = api.db.with(async |connection| runs::these(connection, &ids).await).await?;
+    let found = api.flights.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {
         let result = match settled {
@@ -282,7 +281,12 @@ pub(super) async fn finish(
             Settled::Lost(_) => Taken::Lost,
             Settled::Busy => Taken::Busy,
         };
-        Finished { result, run: found.get(id).cloned() }
+        // Without a key and without the lease nobody is told anything of a run.
+        let run = found.get(id).filter(|run| match result {
+            Taken::Ok => true,
+            Taken::Lost | Taken::Busy => caller.is_let_in() && caller.sees(&run.workflow_id),
+        });
+        Finished { result, run: run.cloned() }
     })))
 }
 
@@ -304,7 +308,7 @@ pub(super) struct Released {
 /// Unstarted or half done: the run is `queued` again, and the attempt does not count. One that was to be cancelled is
 /// `cancelled` instead. A repetition is answered `lost`: the lease is gone either way.
 #[utoipa::path(
-    post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG,
     request_body = Leases<Release>,
     responses((status = 200, body = Answers<Released>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
@@ -344,7 +348,7 @@ pub(super) struct Piece {
 /// At most 10,000 pieces and SINGLETRACK_LOG_BYTES are kept of an attempt. Beyond that the log says that it was truncated, and
 /// what comes is dropped, which is a 204 too.
 #[utoipa::path(
-    post, path = "/api/v1/leases/logs", operation_id = "append_log", tag = TAG, security((), ("api_key" = ["work"])),
+    post, path = "/api/v1/leases/logs", operation_id = "append_log", tag = TAG,
     request_body = Piece,
     responses((status = 204, description = "It is kept, was before, or is dropped"), (status = 400, body = Problem),
               (status = 409, body = Problem, description = "`lease-lost`, with `run_id`"), (status = 413, body = Problem),
@@ -362,10 +366,7 @@ pub(super) async fn logs(State(api): State<Api>, Json(piece): Json<Piece>) -> Re
     if !mistakes.is_empty() {
         return Err(Problem::invalid(mistakes));
     }
-    let chunk = LogChunk { stream, text };
-    let bound = Bound { bytes: i64::try_from(api.facts.terms.log_bytes).unwrap_or(i64::MAX), pieces: PIECES };
-    let work = async move {
-        api.db.with(async |connection| logs::append_one(connection, lease, seq, &chunk, bound).await).await
-    };
-    if to_its_end(work).await?? { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::lease_lost(lease.run_id)) }
+    let piece = StoredPiece { lease, seq, chunk: LogChunk { stream, text } };
+    let is_held = api.reports.print_piece(piece).await.map_err(|error| Problem::from(&*error))?;
+    if is_held { Ok(StatusCode::NO_CONTENT) } else { Err(Problem::lease_lost(lease.run_id)) }
 }

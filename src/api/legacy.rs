@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::Api;
+use super::auth::Caller;
 use super::enqueue::{Started, start as start_run};
 use super::extract::{Actor, is_json};
 use super::problem::Problem;
@@ -66,7 +67,7 @@ impl Refusal {
 /// The policy is always `reject`.
 #[utoipa::path(
     post, path = "/api/workflow/test-run", operation_id = "start_test_run",
-    tag = TAG, security((), ("api_key" = ["enqueue"])),
+    tag = TAG,
     request_body = Start,
     responses((status = 202, body = TestRun), (status = 400, body = Refusal, description = "`workflow_id` is missing"),
               (status = 404, body = Refusal, description = "No such workflow"),
@@ -74,6 +75,7 @@ impl Refusal {
               (status = 500, body = Refusal, description = "It failed, and its log has the cause"), (status = 503, body = Refusal, description = "The database is away")))]
 pub(super) async fn start(
     State(api): State<Api>,
+    caller: Caller,
     actor: Result<Actor, Problem>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
@@ -85,7 +87,7 @@ pub(super) async fn start(
     else {
         return (StatusCode::BAD_REQUEST, Json(Refusal::new("workflow_id is required"))).into_response();
     };
-    let Ok(workflow_id) = workflow_id.parse::<WorkflowId>() else {
+    let Some(workflow_id) = workflow_id.parse::<WorkflowId>().ok().filter(|id| caller.sees(id.as_str())) else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Workflow not found"))).into_response();
     };
     // That server knew no such header: one that can't be read is no reason to refuse.
@@ -151,16 +153,16 @@ pub(super) struct ScriptRun {
 /// One run, as the replaced server showed it
 #[utoipa::path(
     get, path = "/api/script-run/{id}", operation_id = "get_script_run",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Run id")),
     responses((status = 200, body = ScriptRun), (status = 404, body = Refusal, description = "No such run"),
               (status = 500, body = Refusal, description = "It failed, and its log has the cause"),
               (status = 503, body = Refusal, description = "The database is away")))]
-pub(super) async fn get(State(db): State<Db>, id: Result<Path<Uuid>, PathRejection>) -> Response {
+pub(super) async fn get(State(db): State<Db>, caller: Caller, id: Result<Path<Uuid>, PathRejection>) -> Response {
     let Ok(Path(id)) = id else {
         return (StatusCode::NOT_FOUND, Json(Refusal::new("Script run not found"))).into_response();
     };
-    match read(&db, id).await {
+    match read(&db, id, &caller).await {
         Ok(Some(run)) => Json(run).into_response(),
         Ok(None) => (StatusCode::NOT_FOUND, Json(Refusal::new("Script run not found"))).into_response(),
         Err(error) => {
@@ -172,8 +174,9 @@ pub(super) async fn get(State(db): State<Db>, id: Result<Path<Uuid>, PathRejecti
     }
 }
 
-async fn read(db: &Db, id: Uuid) -> Result<Option<ScriptRun>, store::Error> {
-    let Some(run) = db.with(async |connection| store::runs::get(connection, id).await).await? else { return Ok(None) };
+async fn read(db: &Db, id: Uuid, caller: &Caller) -> Result<Option<ScriptRun>, store::Error> {
+    let run = db.with(async |connection| store::runs::get(connection, id).await).await?;
+    let Some(run) = run.filter(|run| caller.sees(&run.workflow_id)) else { return Ok(None) };
     let logs = db.with(async |connection| logs::text(connection, id).await).await?;
     Ok(Some(show(run, logs)))
 }

@@ -1,14 +1,20 @@
 //! The only place that knows HTTP. Handlers call `store`; they and the engine meet in rows and wake-ups only.
 
+mod auth;
 mod bulk;
 mod claims;
 mod control;
 mod enqueue;
+mod events;
 mod extract;
+mod feed;
+mod follow;
 mod guard;
 mod health;
+mod keys;
 mod leases;
 mod legacy;
+mod metrics;
 mod notes;
 mod openapi;
 mod page;
@@ -18,6 +24,7 @@ mod problem;
 mod refusals;
 mod runs;
 mod schedules;
+mod usage;
 mod workflows;
 
 use std::net::SocketAddr;
@@ -27,7 +34,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, FromRef};
-use axum::http::{HeaderName, Request};
+use axum::http::{HeaderName, HeaderValue, Request, header};
 use axum::middleware;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -35,16 +42,21 @@ use tower::ServiceBuilder;
 use tower_http::ServiceBuilderExt as _;
 use tower_http::catch_panic::CatchPanicLayer;
 use tower_http::request_id::{MakeRequestUuid, RequestId};
+use tower_http::set_header::SetResponseHeaderLayer;
 use tower_http::trace::TraceLayer;
-use utoipa_axum::router::OpenApiRouter;
+use utoipa::openapi::security::SecurityRequirement;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter};
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::domain::Run;
+use crate::domain::{Run, Scope};
 use crate::store::Db;
 use crate::store::enqueuer::Enqueuer;
+use crate::store::reports::Reports;
 use crate::store::settler::Settler;
 
+pub use auth::Keys;
+pub use feed::{Feed, tell_events};
 pub use notes::{LAST_NOTES, Notes, keep_notes};
 pub use openapi::document;
 
@@ -83,6 +95,8 @@ pub struct Shared {
     pub enqueuer: Enqueuer,
     /// Settles attempts, many at once.
     pub settler: Settler,
+    /// Passes on what workers say while they work, many at once.
+    pub reports: Reports,
     /// Told when something was enqueued for the workers of this replica.
     pub wake: Arc<Notify>,
     /// Told when something was enqueued that is claimed over HTTP.
@@ -93,6 +107,10 @@ pub struct Shared {
     pub draining: CancellationToken,
     /// What requests leave in memory until [`keep_notes`] writes it down.
     pub notes: Arc<Notes>,
+    /// Who is let in.
+    pub keys: Keys,
+    /// Where listeners hear of events, which [`tell_events`] tells.
+    pub feed: Arc<Feed>,
     /// What never changes while it runs.
     pub facts: Arc<Facts>,
 }
@@ -167,56 +185,82 @@ impl FromRef<Api> for Db {
     }
 }
 
-/// Every route, grouped by who calls it. `output_bytes` is how long an output may be.
+/// Every route, grouped by who calls it, with the scope that it needs; `admin` may all of it. `output_bytes` is how long an output may
+/// be.
 fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
+    use Scope::{Admin, Enqueue, Read, Work};
     OpenApiRouter::new()
         // whoever defines workflows
-        .routes(routes!(workflows::list))
-        .routes(routes!(workflows::get, workflows::put, workflows::delete))
-        .routes(routes!(workflows::revisions))
-        .routes(routes!(schedules::next))
+        .routes(to(Read, routes!(workflows::list)))
+        .routes(to(Read, routes!(workflows::get)))
+        .routes(to(Admin, routes!(workflows::put, workflows::delete)))
+        .routes(to(Read, routes!(workflows::revisions)))
+        .routes(to(Read, routes!(schedules::next)))
         // whoever starts runs
-        .routes(routes!(enqueue::enqueue))
-        .merge(OpenApiRouter::new().routes(routes!(enqueue::batch)).layer(DefaultBodyLimit::max(BATCH_LIMIT)))
-        .routes(routes!(control::cancel))
-        .routes(routes!(control::rerun))
-        .routes(routes!(bulk::cancel))
-        .routes(routes!(bulk::rerun))
+        .routes(to(Enqueue, routes!(enqueue::enqueue)))
+        .merge(
+            OpenApiRouter::new().routes(to(Enqueue, routes!(enqueue::batch))).layer(DefaultBodyLimit::max(BATCH_LIMIT)),
+        )
+        .routes(to(Enqueue, routes!(control::cancel)))
+        .routes(to(Enqueue, routes!(control::rerun)))
+        .routes(to(Enqueue, routes!(bulk::cancel)))
+        .routes(to(Enqueue, routes!(bulk::rerun)))
         // whoever stops and starts what others defined
-        .routes(routes!(pauses::pause_workflow))
-        .routes(routes!(pauses::resume_workflow))
-        .routes(routes!(pauses::queues))
-        .routes(routes!(pauses::pause_queue))
-        .routes(routes!(pauses::resume_queue))
+        .routes(to(Admin, routes!(pauses::pause_workflow)))
+        .routes(to(Admin, routes!(pauses::resume_workflow)))
+        .routes(to(Read, routes!(pauses::queues)))
+        .routes(to(Admin, routes!(pauses::pause_queue)))
+        .routes(to(Admin, routes!(pauses::resume_queue)))
         // whoever looks at them
-        .routes(routes!(runs::list))
-        .routes(routes!(runs::counts))
-        .routes(routes!(runs::get))
-        .routes(routes!(runs::attempts))
-        .routes(routes!(runs::events))
-        .routes(routes!(runs::refusals))
-        .routes(routes!(runs::logs))
+        .routes(to(Read, routes!(runs::list)))
+        .routes(to(Read, routes!(runs::counts)))
+        .routes(to(Read, routes!(runs::get)))
+        .routes(to(Read, routes!(runs::attempts)))
+        .routes(to(Read, routes!(runs::events)))
+        .routes(to(Read, routes!(runs::refusals)))
+        .routes(to(Read, routes!(runs::logs)))
+        .routes(to(Read, routes!(events::follow)))
         // workers in any language
-        .routes(routes!(claims::claim))
-        .routes(routes!(leases::heartbeat))
+        .routes(to(Work, routes!(claims::claim)))
+        .routes(to(Work, routes!(leases::heartbeat)))
         .merge(
             OpenApiRouter::new()
-                .routes(routes!(leases::finish))
+                // the lease's token is enough: http targets have no key
+                .routes(to(None, routes!(leases::finish)))
                 .layer(DefaultBodyLimit::max(BODY_LIMIT + output_bytes)),
         )
-        .routes(routes!(leases::release))
-        .routes(routes!(leases::logs))
+        .routes(to(Work, routes!(leases::release)))
+        .routes(to(Work, routes!(leases::logs)))
         // clients of the workflow server that this one replaces
-        .routes(routes!(legacy::start))
-        .routes(routes!(legacy::get))
+        .routes(to(Enqueue, routes!(legacy::start)))
+        .routes(to(Read, routes!(legacy::get)))
+        // whoever lets others in
+        .routes(to(Admin, routes!(keys::list, keys::create)))
+        .routes(to(Admin, routes!(keys::revoke)))
         // machines
         .merge(probes())
-        .routes(routes!(openapi::serve))
+        .routes(to(None, routes!(openapi::serve)))
 }
 
 /// The routes that a replica without an API has too.
 fn probes() -> OpenApiRouter<Api> {
-    OpenApiRouter::new().routes(routes!(health::livez)).routes(routes!(health::readyz))
+    OpenApiRouter::new()
+        .routes(to(None, routes!(health::livez)))
+        .routes(to(None, routes!(health::readyz)))
+        .routes(to(Scope::Read, routes!(metrics::serve)))
+}
+
+/// Writes into the document which scope these routes need. [`auth`] asks for what is written there.
+fn to(
+    scope: impl Into<Option<Scope>>,
+    (schemas, mut paths, methods): UtoipaMethodRouter<Api>,
+) -> UtoipaMethodRouter<Api> {
+    let scope = scope.into().map(|scope| SecurityRequirement::new("api_key", [scope.as_str()]));
+    let security: Vec<_> = std::iter::once(SecurityRequirement::default()).chain(scope).collect();
+    for operation in paths.paths.values_mut().flat_map(openapi::operations) {
+        operation.security = Some(security.clone());
+    }
+    (schemas, paths, methods)
 }
 
 /// The whole API.
@@ -230,21 +274,31 @@ pub fn probes_router(api: Api) -> Router {
 }
 
 fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
-    let (router, _) = routes.split_for_parts();
+    let (router, document) = routes.split_for_parts();
+    let gate = auth::Gate::new(api.clone(), &document);
     let request_id = HeaderName::from_static("x-request-id");
     router
         .fallback(problem::no_such_route)
         .method_not_allowed_fallback(problem::no_such_method)
-        .layer(middleware::from_fn_with_state(api.clone(), guard::refuse_strangers))
+        .layer(middleware::from_fn_with_state(gate, auth::admit))
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
+        .layer(middleware::from_fn(metrics::measure))
         .layer(CatchPanicLayer::custom(problem::of_panic))
         .layer(
             ServiceBuilder::new()
                 .set_request_id(request_id.clone(), MakeRequestUuid)
                 .layer(TraceLayer::new_for_http().make_span_with(span).on_request(()).on_failure(()))
-                .propagate_request_id(request_id),
+                .propagate_request_id(request_id)
+                .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+                .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
+                .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
         )
         .with_state(api)
+}
+
+/// Tells browsers what not to do with an answer; a page says for itself what it needs.
+fn unless_set(name: HeaderName, value: &'static str) -> SetResponseHeaderLayer<HeaderValue> {
+    SetResponseHeaderLayer::if_not_present(name, HeaderValue::from_static(value))
 }
 
 fn span<B>(request: &Request<B>) -> tracing::Span {

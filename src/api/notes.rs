@@ -6,6 +6,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Api;
+use super::metrics::Asked;
 use super::presence::Presence;
 use super::refusals::Refusals;
 
@@ -21,11 +22,13 @@ pub struct Notes {
     pub(super) refusals: Refusals,
     /// Who asked for runs.
     pub(super) presence: Presence,
+    /// When the database was asked for metrics.
+    pub(super) asked: Asked,
 }
 
 /// Writes down what requests have left until `over`, which is when no request is under way any more; then the rest of it.
 pub async fn keep_notes(api: Api, over: CancellationToken) {
-    let Notes { refusals, presence } = &*api.notes;
+    let Notes { refusals, presence, .. } = &*api.notes;
     while !over.is_cancelled() {
         tokio::select! {
             () = over.cancelled() => break,
@@ -38,11 +41,17 @@ pub async fn keep_notes(api: Api, over: CancellationToken) {
         if let Err(error) = refusals.flush(&api.db).await {
             tracing::warn!(%error, "can't record refusals; trying again");
         }
+        if let Err(error) = api.keys.usage.flush(&api.db, false).await {
+            tracing::warn!(%error, "can't write down which keys were used");
+        }
     }
     let last = async {
         while let Err(error) = refusals.flush(&api.db).await {
             tracing::warn!(%error, "can't record the last refusals; trying again");
             sleep(EVERY / 10).await;
+        }
+        if let Err(error) = api.keys.usage.flush(&api.db, true).await {
+            tracing::warn!(%error, "can't write down which keys were used");
         }
     };
     if timeout(LAST_NOTES, last).await.is_err() {

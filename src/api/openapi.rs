@@ -6,7 +6,7 @@ use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::response::ResponseBuilder;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{Content, ContentBuilder, OpenApi, PathItem, Ref, RefOr};
+use utoipa::openapi::{Content, ContentBuilder, OpenApi, PathItem, Ref, RefOr, Response};
 
 const PROBLEM_JSON: &str = "application/problem+json";
 
@@ -17,12 +17,13 @@ pub fn document() -> OpenApi {
     document.info.version = env!("CARGO_PKG_VERSION").into();
     document.info.description = Some(
         "Runs each workflow at most once at a time. Errors are `application/problem+json` (RFC 9457) with a stable `type`; \
-         times are RFC 3339 in UTC. The scope each route will need is named under `api_key`; this version listens on \
-         loopback only and asks for no key."
+         times are RFC 3339 in UTC. As soon as a key was made, and wherever others can reach it, the service asks \
+         for one; the scope that a key needs is named under `api_key`, and `admin` has all of them."
             .into(),
     );
     let mut bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
-    bearer.description = Some("Not asked for by this version.".into());
+    bearer.description =
+        Some("A key, `st_<id>_<secret>`: `singletrack keys create` makes one, or POST /api/v1/keys.".into());
     document.components.get_or_insert_default().add_security_scheme("api_key", SecurityScheme::Http(bearer));
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
@@ -30,12 +31,26 @@ pub fn document() -> OpenApi {
                 operation.responses.responses.insert("default".into(), any_other_problem());
             }
             complete(operation);
+            if operation.security.as_deref().unwrap_or_default().len() > 1 {
+                let responses = &mut operation.responses.responses;
+                responses.insert("401".into(), unknown_caller());
+                responses
+                    .entry("429".into())
+                    .or_insert_with(|| problem("`too-many-requests`: the key is over its rate."));
+                responses.insert(
+                    "403".into(),
+                    problem(
+                        "`not-allowed`: the key does not have the scope, or is bound to other \
+                    workflows. `host-not-allowed`, `origin-not-allowed`: not the service's own.",
+                    ),
+                );
+            }
         }
     }
     document
 }
 
-fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
+pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
     [&mut item.get, &mut item.put, &mut item.post, &mut item.delete].into_iter().flatten()
 }
 
@@ -43,6 +58,7 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
 fn meaning(status: &str) -> &'static str {
     match status {
         "200" => "As asked",
+        "201" => "Made",
         "202" => "Accepted, and committed before this answer",
         "204" => "Done",
         "400" => "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list.",
@@ -56,16 +72,27 @@ fn meaning(status: &str) -> &'static str {
 }
 
 /// What any request can meet before and beside its handler.
-fn any_other_problem() -> RefOr<utoipa::openapi::Response> {
+fn any_other_problem() -> RefOr<Response> {
+    problem(
+        "403 `host-not-allowed`, `origin-not-allowed`: not the service's own. 405 `method-not-allowed`. \
+         500 `internal`: it failed, and its log has the cause.",
+    )
+}
+
+fn problem(meaning: &str) -> RefOr<Response> {
     let content = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
-    ResponseBuilder::new()
-        .description(
-            "403 `host-not-allowed`, `origin-not-allowed`: not the service's own. 405 `method-not-allowed`. \
-             500 `internal`: it failed, and its log has the cause.",
-        )
-        .content(PROBLEM_JSON, content)
-        .build()
-        .into()
+    ResponseBuilder::new().description(meaning).content(PROBLEM_JSON, content).build().into()
+}
+
+/// The answer to whoever has no good key.
+fn unknown_caller() -> RefOr<Response> {
+    let mut response = problem("`not-authenticated`: there is no key, or no good one.");
+    if let RefOr::T(response) = &mut response {
+        let mut challenge = HeaderBuilder::new().schema(Some(String::schema())).build();
+        challenge.description = Some("`Bearer`".into());
+        response.headers.insert("WWW-Authenticate".into(), challenge.into());
+    }
+    response
 }
 
 /// The routes' declarations say what the bodies are, and not what is the same for all: under which media type problems are
@@ -93,7 +120,7 @@ fn complete(operation: &mut Operation) {
 }
 
 /// This document
-#[utoipa::path(get, path = "/openapi.json", operation_id = "get_openapi", tag = "machines", security(()),
+#[utoipa::path(get, path = "/openapi.json", operation_id = "get_openapi", tag = "machines",
     responses((status = 200, body = Object, description = "OpenAPI 3.1")))]
 pub(super) async fn serve() -> Json<OpenApi> {
     Json(document())

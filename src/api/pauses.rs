@@ -3,6 +3,7 @@
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 
+use super::auth::Caller;
 use super::extract::{Actor, Id, Nothing, Optional};
 use super::problem::{Place, Problem};
 use super::runs::Whole;
@@ -54,7 +55,7 @@ impl std::str::FromStr for QueueName {
 /// be paused by itself. Defining the workflow anew does not end the pause. Paused again, it takes the new reason.
 #[utoipa::path(
     post, path = "/api/v1/workflows/{id}/pause", operation_id = "pause_workflow",
-    tag = TAG, security((), ("api_key" = ["admin"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     request_body(content = Reason, description = "Nothing, or why"),
@@ -63,10 +64,12 @@ impl std::str::FromStr for QueueName {
               (status = 503, body = Problem)))]
 pub(super) async fn pause_workflow(
     State(api): State<Api>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
     Actor(actor): Actor,
     Optional(reason): Optional<Reason>,
 ) -> Result<axum::Json<Paused>, Problem> {
+    caller.check(&id)?;
     check_defined(&api, &id).await?;
     pause(api, Kind::Workflow, id.to_string(), reason, actor).await
 }
@@ -77,7 +80,7 @@ pub(super) async fn pause_workflow(
 /// changes nothing.
 #[utoipa::path(
     post, path = "/api/v1/workflows/{id}/resume", operation_id = "resume_workflow",
-    tag = TAG, security((), ("api_key" = ["admin"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 404, body = Problem),
@@ -85,10 +88,12 @@ pub(super) async fn pause_workflow(
               (status = 503, body = Problem)))]
 pub(super) async fn resume_workflow(
     State(api): State<Api>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
     Actor(actor): Actor,
     _: Nothing,
 ) -> Result<axum::Json<Paused>, Problem> {
+    caller.check(&id)?;
     check_defined(&api, &id).await?;
     resume(api, Kind::Workflow, id.to_string(), actor).await
 }
@@ -100,12 +105,14 @@ async fn check_defined(api: &Api, id: &WorkflowId) -> Result<(), Problem> {
 
 /// Queues
 ///
-/// Those that a run which is not over is in, or that are paused, by name.
+/// Those that a run which is not over is in, or that are paused, by name. For a key that is bound to workflows: those in which there are
+/// runs of these.
 #[utoipa::path(
-    get, path = "/api/v1/queues", operation_id = "list_queues", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/queues", operation_id = "list_queues", tag = TAG,
     responses((status = 200, body = Whole<Queue>), (status = 503, body = Problem)))]
-pub(super) async fn queues(State(db): State<Db>) -> Result<axum::Json<Whole<Queue>>, Problem> {
-    let items = db.with(async |connection| pauses::queues(connection).await).await?;
+pub(super) async fn queues(State(db): State<Db>, caller: Caller) -> Result<axum::Json<Whole<Queue>>, Problem> {
+    let bound = caller.bound();
+    let items = db.with(async |connection| pauses::queues(connection, bound.as_deref()).await).await?;
     Ok(axum::Json(Whole { items }))
 }
 
@@ -114,7 +121,7 @@ pub(super) async fn queues(State(db): State<Db>) -> Result<axum::Json<Whole<Queu
 /// From now on no run in it is started; what runs goes on, and new runs are accepted. Paused again, it takes the new reason.
 #[utoipa::path(
     post, path = "/api/v1/queues/{id}/pause", operation_id = "pause_queue",
-    tag = TAG, security((), ("api_key" = ["admin"])),
+    tag = TAG,
     params(("id" = String, Path, description = "The queue's name", example = "default"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     request_body(content = Reason, description = "Nothing, or why"),
@@ -122,10 +129,12 @@ pub(super) async fn queues(State(db): State<Db>) -> Result<axum::Json<Whole<Queu
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn pause_queue(
     State(api): State<Api>,
+    caller: Caller,
     Id(QueueName(name)): Id<QueueName>,
     Actor(actor): Actor,
     Optional(reason): Optional<Reason>,
 ) -> Result<axum::Json<Paused>, Problem> {
+    caller.check_unbound()?;
     pause(api, Kind::Queue, name, reason, actor).await
 }
 
@@ -134,17 +143,19 @@ pub(super) async fn pause_queue(
 /// To resume what is not paused changes nothing.
 #[utoipa::path(
     post, path = "/api/v1/queues/{id}/resume", operation_id = "resume_queue",
-    tag = TAG, security((), ("api_key" = ["admin"])),
+    tag = TAG,
     params(("id" = String, Path, description = "The queue's name", example = "default"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn resume_queue(
     State(api): State<Api>,
+    caller: Caller,
     Id(QueueName(name)): Id<QueueName>,
     Actor(actor): Actor,
     _: Nothing,
 ) -> Result<axum::Json<Paused>, Problem> {
+    caller.check_unbound()?;
     resume(api, Kind::Queue, name, actor).await
 }
 
@@ -170,8 +181,8 @@ async fn pause(
 }
 
 async fn resume(api: Api, kind: Kind, name: String, actor: String) -> Result<axum::Json<Paused>, Problem> {
-    let (db, what) = (api.db.clone(), name.clone());
-    let resume = async move { db.with(async |connection| pauses::resume(connection, kind, &what).await).await };
+    let (db, what, by) = (api.db.clone(), name.clone(), actor.clone());
+    let resume = async move { db.with(async |connection| pauses::resume(connection, kind, &what, &by).await).await };
     if to_its_end(resume).await?? {
         tracing::info!(?kind, name, by = actor, "resumed");
         api.look_again();

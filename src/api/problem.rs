@@ -1,5 +1,7 @@
 //! Errors as `application/problem+json` (RFC 9457): a stable `type` per cause.
 
+mod access;
+
 use std::any::Any;
 
 use axum::body::Body;
@@ -30,7 +32,8 @@ pub(super) struct Problem {
     /// `urn:singletrack:problem:` and the cause, one of `slot-taken`, `workflow-paused`, `too-many-waiting`,
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
-    /// `host-not-allowed`, `origin-not-allowed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
+    /// `not-authenticated`, `not-allowed`, `key-name-taken`, `too-many-requests`, `host-not-allowed`, `origin-not-allowed`,
+    /// `too-many-listeners`, `contended`, `database-busy`, `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -271,22 +274,12 @@ impl Problem {
         ))
     }
 
-    pub(super) fn refused_host(host: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "host-not-allowed", "This service does not go by that name").with_detail(
-            format!(
-                "Host `{}` is neither loopback nor that of SINGLETRACK_PUBLIC_URL: send one of these, or set that one to how \
-                 others reach this service.",
-                host.escape_debug()
-            ),
-        )
-    }
-
-    pub(super) fn refused_origin(origin: &str) -> Self {
-        Self::new(StatusCode::FORBIDDEN, "origin-not-allowed", "Web pages of other origins may not use this service")
-            .with_detail(format!(
-                "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
-                origin.escape_debug()
-            ))
+    pub(super) fn too_many_listeners(most: usize) -> Self {
+        Self {
+            retry_after: Some(RETRY),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "too-many-listeners", "Too many clients follow something here")
+                .with_detail(format!("This replica has {most} such streams open: ask another one, or later."))
+        }
     }
 
     pub(super) fn internal(cause: impl Into<Box<str>>) -> Self {
@@ -338,6 +331,11 @@ impl Problem {
     /// The status it is answered with.
     pub(super) fn status(&self) -> StatusCode {
         self.status
+    }
+
+    /// Whether it is about who asks, and not about what was asked or what failed.
+    pub(super) fn is_of_caller(&self) -> bool {
+        self.status == StatusCode::UNAUTHORIZED
     }
 
     /// The run that holds the slot, where that is what the problem is; itself otherwise.
@@ -424,6 +422,9 @@ impl IntoResponse for Problem {
         *response.status_mut() = self.status;
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(after) = self.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after));
         }

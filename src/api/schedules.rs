@@ -4,6 +4,7 @@ use axum::extract::State;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
 
+use super::auth::Caller;
 use super::extract::{Id, Params};
 use super::problem::{Place, Problem};
 use crate::domain::{Schedule, WorkflowId};
@@ -37,16 +38,18 @@ pub(super) struct Ticks {
 /// The times at which the workflow will run by itself.
 #[utoipa::path(
     get, path = "/api/v1/schedules/{workflow_id}/next", operation_id = "next_ticks",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("workflow_id" = String, Path, description = "Workflow id", example = "nightly-report"),
            ("count" = Option<i64>, Query, description = "1 to 100; 10 without it")),
     responses((status = 200, body = Ticks), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn next(
     State(db): State<Db>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
     mut params: Params,
 ) -> Result<axum::Json<Ticks>, Problem> {
+    caller.check(&id)?;
     let count = match params.one::<String>("count")? {
         None => 10,
         Some(text) => text.parse().ok().filter(|count| (1..=MOST).contains(count)).ok_or_else(|| {

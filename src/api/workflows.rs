@@ -4,6 +4,7 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use chrono::{DateTime, Utc};
 
+use super::auth::Caller;
 use super::extract::{Actor, Id, Json, Params, refuse_headers};
 use super::page::{Page, Wanted};
 use super::problem::{Mistake, Place, Problem};
@@ -18,16 +19,21 @@ const TAG: &str = "workflows";
 ///
 /// The current revisions, newest workflow first.
 #[utoipa::path(
-    get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG, security((), ("api_key" = ["read"])),
+    get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG,
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Workflow>), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axum::Json<Page<Workflow>>, Problem> {
-    let wanted = Wanted::<(DateTime<Utc>, String)>::take(&mut params, &"workflows")?;
+pub(super) async fn list(
+    State(db): State<Db>,
+    caller: Caller,
+    mut params: Params,
+) -> Result<axum::Json<Page<Workflow>>, Problem> {
+    let wanted = Wanted::<(DateTime<Utc>, String)>::take(&mut params, &("workflows", caller.bound()))?;
     params.finish(&["limit", "cursor"])?;
+    let (after, bound) = (wanted.after.clone(), caller.bound());
     let rows =
-        db.with(async |connection| workflows::list(connection, wanted.after.clone(), wanted.rows()).await).await?;
+        db.with(async |connection| workflows::list(connection, bound.as_deref(), after, wanted.rows()).await).await?;
     let page = wanted.page(rows, |(defined, workflow)| (*defined, workflow.revision.id.clone()));
     Ok(axum::Json(page.map(|(_, workflow)| workflow)))
 }
@@ -37,11 +43,16 @@ pub(super) async fn list(State(db): State<Db>, mut params: Params) -> Result<axu
 /// The current revision of exactly this id.
 #[utoipa::path(
     get, path = "/api/v1/workflows/{id}", operation_id = "get_workflow",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy")),
     responses((status = 200, body = Workflow), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<axum::Json<Workflow>, Problem> {
+pub(super) async fn get(
+    State(db): State<Db>,
+    caller: Caller,
+    Id(id): Id<WorkflowId>,
+) -> Result<axum::Json<Workflow>, Problem> {
+    caller.check(&id)?;
     let found = db.with(async |connection| workflows::get(connection, &id).await).await?;
     found.map(axum::Json).ok_or_else(|| Problem::no_workflow(&id))
 }
@@ -52,7 +63,7 @@ pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<
 /// revision they were enqueued with. Once defined, `{id}@name` can be run too: an instance with a slot of its own.
 #[utoipa::path(
     put, path = "/api/v1/workflows/{id}", operation_id = "put_workflow",
-    tag = TAG, security((), ("api_key" = ["admin"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     request_body = Definition,
@@ -62,11 +73,13 @@ pub(super) async fn get(State(db): State<Db>, Id(id): Id<WorkflowId>) -> Result<
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn put(
     State(api): State<Api>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
     Actor(actor): Actor,
     headers: HeaderMap,
     Json(definition): Json<Definition>,
 ) -> Result<(StatusCode, axum::Json<Revision>), Problem> {
+    caller.check(&id)?;
     refuse_headers(&headers, &["If-Match", "If-None-Match"])?;
     let mut mistakes = definition.mistakes();
     let shortest = api.facts.shortest_heartbeat_timeout;
@@ -98,20 +111,25 @@ pub(super) async fn put(
 /// that uses its definition, is not over.
 #[utoipa::path(
     delete, path = "/api/v1/workflows/{id}", operation_id = "delete_workflow",
-    tag = TAG, security((), ("api_key" = ["admin"])),
-    params(("id" = String, Path, description = "Workflow id", example = "deploy")),
+    tag = TAG,
+    params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     responses((status = 204), (status = 404, body = Problem),
               (status = 409, body = Problem, description = "`workflow-in-use`, with `run_id`"),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn delete(
     State(db): State<Db>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
+    Actor(actor): Actor,
     headers: HeaderMap,
 ) -> Result<StatusCode, Problem> {
+    caller.check(&id)?;
     refuse_headers(&headers, &["If-Match"])?;
     let name = id.clone();
     let deleted =
-        to_its_end(async move { db.with(async |connection| workflows::delete(connection, &id).await).await }).await??;
+        to_its_end(async move { db.with(async |connection| workflows::delete(connection, &id, &actor).await).await })
+            .await??;
     match deleted {
         Deleted::Gone => {
             tracing::info!(workflow.id = %name, "workflow deleted");
@@ -127,7 +145,7 @@ pub(super) async fn delete(
 /// Newest first; those of a deleted workflow too.
 #[utoipa::path(
     get, path = "/api/v1/workflows/{id}/revisions", operation_id = "list_revisions",
-    tag = TAG, security((), ("api_key" = ["read"])),
+    tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
@@ -135,9 +153,11 @@ pub(super) async fn delete(
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn revisions(
     State(db): State<Db>,
+    caller: Caller,
     Id(id): Id<WorkflowId>,
     mut params: Params,
 ) -> Result<axum::Json<Page<Revision>>, Problem> {
+    caller.check(&id)?;
     let wanted = Wanted::<i32>::take(&mut params, &("revisions", id.as_str()))?;
     params.finish(&["limit", "cursor"])?;
     let rows =

@@ -6,6 +6,7 @@ mod definitions;
 mod demo;
 mod diff;
 mod doctor;
+mod keys;
 mod workflows;
 
 use std::process::ExitCode;
@@ -42,6 +43,9 @@ enum Command {
     /// Watch the promise being kept, in half a minute: a private Postgres, three replicas, a storm of requests, one winner, a killed
     /// worker, the next run. Nothing of it is left afterwards. Exit code 1: something was not as promised.
     Demo(demo::Demo),
+    /// Who may use the API: makes, lists and revokes keys, straight in the database that DATABASE_URL names.
+    #[command(subcommand)]
+    Keys(Box<keys::Command>),
     /// Definitions of workflows, in a service that runs.
     #[command(subcommand)]
     Workflows(workflows::Command),
@@ -65,6 +69,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Service(service) => serve(&service),
         Command::Doctor(doctor) => doctor.run(),
         Command::Demo(demo) => ask(demo.run()),
+        Command::Keys(command) => command.run(),
         Command::Workflows(command) => ask(command.run()),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod executor;
 pub mod json;
+pub mod key;
 pub(crate) mod object;
 pub mod outcome;
 pub mod outgoing;
@@ -14,6 +15,7 @@ pub mod text;
 pub mod workflow;
 
 pub use executor::{Command, Executor, Http};
+pub use key::{Patterns, Scope, Token};
 pub use outcome::{Outcome, Verdict};
 pub use outgoing::Outgoing;
 pub use policy::OnConflict;

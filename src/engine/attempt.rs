@@ -12,6 +12,7 @@ use super::execute::{Ended, execute, seconds};
 use super::heartbeat::Holding;
 use crate::domain::{Lease, Outcome, StopCause, Verdict};
 use crate::executor::boottime::Boottime;
+use crate::metrics::METRICS;
 use crate::store;
 use crate::store::claim::{self, Claimed, release};
 use crate::store::settle::Settled;
@@ -39,7 +40,7 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: Ow
 async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, permit: OwnedSemaphorePermit) {
     let lease = claimed.lease;
     if ctx.hurry.is_cancelled() {
-        return give_back(ctx, lease).await;
+        return Box::pin(give_back(ctx, lease)).await;
     }
     let started = Instant::now();
     holding.begin();
@@ -50,7 +51,7 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, p
     ctx.wake.notify_one();
     let over = match ended {
         Ended::Outcome(outcome) => record(ctx, lease, outcome, started.elapsed()).await,
-        Ended::HandedOver { seconds } => hand_over(ctx, lease, seconds).await,
+        Ended::HandedOver { seconds } => Box::pin(hand_over(ctx, lease, seconds)).await,
     };
     if over {
         holding.end();
@@ -131,6 +132,7 @@ async fn hand_over(ctx: &Ctx, lease: Lease, seconds: i32) -> bool {
 }
 
 fn report(settled: Settled, verdict: Verdict, took: Duration) {
+    METRICS.attempt_seconds.observe(took.as_secs_f64());
     let duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     match settled {
         Settled::Recorded(status) | Settled::Already(status) if verdict == Verdict::Succeeded => {

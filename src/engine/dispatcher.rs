@@ -1,11 +1,11 @@
 //! Claims due runs up to the free capacity and starts them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Ctx, Next, attempt};
 use crate::executor::boottime::Boottime;
 use crate::store;
-use crate::store::claim::{Claim, Claimed, claim, release, strays};
+use crate::store::claim::{Claim, Claimed, FRESH, RECENT, claim, release, strays};
 use crate::store::workers::Subscription;
 
 /// How long a claim whose answer was lost may still be carried out: the server ends a statement before that.
@@ -23,6 +23,8 @@ pub struct Dispatcher {
     astray: Option<Boottime>,
     /// The last pass got all that it asked for: there may be much more to do.
     behind: bool,
+    /// When a look at all that is due last left nothing.
+    clear: Option<Instant>,
 }
 
 /// What a pass did.
@@ -37,7 +39,7 @@ pub struct Report {
 impl Dispatcher {
     /// A dispatcher that has claimed nothing yet.
     pub fn new(ctx: Ctx) -> Self {
-        Self { ctx, astray: None, behind: false }
+        Self { ctx, astray: None, behind: false, clear: None }
     }
 
     /// Claims as many due runs as there is free capacity, and starts them.
@@ -51,7 +53,8 @@ impl Dispatcher {
         let wanted = free.min(if self.behind { 2 * PIECE } else { PIECE });
         // Of many two at once, where there is much to do: they pass by each other's, and Postgres has more than one core.
         let second = if self.behind && wanted >= MANY { wanted / 2 } else { 0 };
-        let (first, second) = tokio::join!(take(&self.ctx, wanted - second), take(&self.ctx, second));
+        let (sent, recent) = (Instant::now(), self.clear.filter(|clear| clear.elapsed() < FRESH).map(|_| RECENT));
+        let (first, second) = tokio::join!(take(&self.ctx, wanted - second, recent), take(&self.ctx, second, recent));
         let (mut count, mut failed) = (0, None);
         for taken in [first, second] {
             match taken {
@@ -72,6 +75,11 @@ impl Dispatcher {
         }
         // A short batch means that nothing else is due.
         self.behind = count == wanted;
+        match (self.behind, recent) {
+            (true, _) => self.clear = None,
+            (false, None) => self.clear = Some(sent),
+            (false, Some(_)) => {}
+        }
         Ok(Report { claimed: count, next: if self.behind { Next::Again } else { Next::Rest } })
     }
 
@@ -108,7 +116,7 @@ impl Dispatcher {
 
 /// Claims, and says when the claim was sent: not before there was a connection to send it on, or an attempt would start
 /// with the wait for that one taken off its lease.
-async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store::Error> {
+async fn take(ctx: &Ctx, free: usize, recent: Option<Duration>) -> Result<(Boottime, Vec<Claimed>), store::Error> {
     if free == 0 {
         return Ok((Boottime::now(), Vec::new()));
     }
@@ -118,7 +126,9 @@ async fn take(ctx: &Ctx, free: usize) -> Result<(Boottime, Vec<Claimed>), store:
         queues: queues.as_deref(),
         executor_types: &executor_types,
         workflows: workflows.as_deref(),
+        bound: None,
         claim_id: None,
+        recent,
         limit: i64::try_from(free).unwrap_or(i64::MAX),
         timeout_seconds: i32::try_from(ctx.worker.run_timeout.as_secs()).unwrap_or(i32::MAX),
         heartbeat_timeout_seconds: i32::try_from(ctx.worker.heartbeat_timeout.as_secs()).unwrap_or(i32::MAX),

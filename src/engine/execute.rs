@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde::Deserialize as _;
 use tokio::sync::{mpsc, watch};
 
 use super::Ctx;
@@ -12,7 +13,7 @@ use crate::executor::command::{self, Invocation, Limits};
 use crate::executor::handler::{self, Handlers};
 use crate::executor::http;
 use crate::store::claim::Claimed;
-use crate::store::logs;
+use crate::store::logs::Printed;
 
 /// Pieces of log that may wait for the database; then whoever writes them waits.
 const LOG_BACKLOG: usize = 64;
@@ -32,12 +33,13 @@ pub(super) enum Ended {
 pub(super) async fn execute(ctx: &Ctx, claimed: &Claimed, holding: &Holding) -> Ended {
     let stop = holding.stop.clone();
     let (log, chunks) = mpsc::channel(LOG_BACKLOG);
+    // The larger futures stand apart: a thousand attempts that begin together are moved about as what is left.
     let work = async {
-        match (serde_json::from_value(claimed.executor.clone()), &ctx.handlers) {
+        match (Executor::deserialize(&claimed.executor), &ctx.handlers) {
             (Ok(Executor::Command(command)), None) => {
-                Ended::Outcome(run_command(ctx, claimed, &command, log, holding).await)
+                Ended::Outcome(Box::pin(run_command(ctx, claimed, &command, log, holding)).await)
             }
-            (Ok(Executor::Http(http)), None) => run_http(ctx, claimed, &http, log, stop).await,
+            (Ok(Executor::Http(http)), None) => Box::pin(run_http(ctx, claimed, &http, log, stop)).await,
             (Ok(Executor::Handler), Some(handlers)) => {
                 Ended::Outcome(run_handler(ctx, claimed, handlers, log, stop).await)
             }
@@ -135,11 +137,11 @@ pub(super) fn seconds(of_the_run: Option<i32>, of_the_worker: Duration) -> Durat
 async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>) {
     // From 0 on: an http target that takes the run over with a 202, of which the log has one remark, counts its own from 1.
     let mut seq = 0;
-    let mut batch = Vec::with_capacity(LOG_BACKLOG);
+    let mut batch = Vec::new();
     while chunks.recv_many(&mut batch, LOG_BACKLOG).await > 0 {
+        let printed = Printed { lease, first_seq: seq, chunks: batch.drain(..).collect() };
         let mut patience = Patience::default();
-        while let Err(error) = ctx.db.with(async |connection| logs::append(connection, lease, seq, &batch).await).await
-        {
+        while let Err(error) = ctx.reports.print(printed.clone()).await {
             if !error.is_passing() {
                 tracing::error!(%error, "a piece of the log can't be stored");
                 break;
@@ -150,7 +152,6 @@ async fn keep_log(ctx: &Ctx, lease: Lease, mut chunks: mpsc::Receiver<LogChunk>)
             }
             patience.wait(&error).await;
         }
-        seq += i64::try_from(batch.len()).unwrap_or_default();
-        batch.clear();
+        seq += i64::try_from(printed.chunks.len()).unwrap_or_default();
     }
 }

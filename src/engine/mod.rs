@@ -29,6 +29,7 @@ use tokio_util::task::TaskTracker;
 use crate::config;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
+use crate::store::reports::Reports;
 use crate::store::settler::Settler;
 use crate::store::workers::Subscription;
 use crate::store::{Db, Servers};
@@ -59,6 +60,8 @@ pub struct Ctx {
     pub flights: Db,
     /// Settles attempts, many at once.
     pub settler: Settler,
+    /// Passes on what attempts say while they run.
+    pub reports: Reports,
     /// A connection of its own for renewals, which load on the pool can't starve.
     pub lease_db: Db,
     /// The worker's settings.

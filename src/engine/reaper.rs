@@ -11,6 +11,7 @@ use super::lookout::Look;
 use crate::config;
 use crate::domain::{Lease, Outcome, Verdict};
 use crate::executor::boottime::Boottime;
+use crate::metrics::METRICS;
 use crate::store::claim::release;
 use crate::store::reap::{Cause, Sealed, Sight, expire, seal, sight, sweep_leases, unstarted};
 use crate::store::settle::{Settled, settle};
@@ -132,6 +133,7 @@ impl Reaper {
     async fn release(&self, leases: Vec<Lease>) -> Result<Vec<Uuid>, store::Error> {
         let reason = Some("unconfirmed");
         let released = self.db.with(async |connection| release(connection, &leases, "reaper", reason).await).await?;
+        METRICS.reaped.with_label_values(&["unconfirmed"]).inc_by(released.len() as u64);
         for lease in &released {
             tracing::warn!(run.id = %lease.run_id, "its pull worker never confirmed the lease: queued again");
         }
@@ -148,6 +150,7 @@ impl Reaper {
     async fn skip(&self, runs: Vec<Uuid>) -> Result<Vec<Uuid>, store::Error> {
         let within = self.start_within_seconds;
         let skipped = self.db.with(async |connection| expire(connection, within, &runs).await).await?;
+        METRICS.reaped.with_label_values(&["expired"]).inc_by(skipped.len() as u64);
         for run in &skipped {
             tracing::warn!(run.id = %run, "no worker started it in time: skipped");
         }
@@ -162,6 +165,7 @@ impl Reaper {
             if let Settled::Recorded(status) = settled {
                 let reason = outcome.reason.as_deref();
                 tracing::warn!(run.id = %lease.run_id, run.fence = lease.fence, status = status.as_str(), reason, "ended an attempt");
+                METRICS.reaped.with_label_values(&[reason.unwrap_or_default()]).inc();
                 ended.push(lease.run_id);
             }
         }

@@ -4,6 +4,7 @@ use uuid::Uuid;
 
 use super::Next;
 use super::apart::together_or_apart;
+use crate::metrics::METRICS;
 use crate::store::due::{due, forget_keys, promote, start, stranded};
 use crate::store::{self, Db};
 
@@ -31,6 +32,7 @@ pub async fn start_due(db: &Db) -> Result<Started, store::Error> {
     for some in found.chunks(TOGETHER) {
         runs.extend(together_or_apart(some.to_vec(), |run| *run, start).await?);
     }
+    METRICS.promoted.with_label_values(&["due"]).inc_by(runs.len() as u64);
     // A workflow may have more of them; but what could not be started would be found again at once.
     let next = if runs.is_empty() { Next::Rest } else { Next::Again };
     Ok(Started { runs, next })
@@ -54,6 +56,7 @@ pub async fn sweep(db: &Db) -> Result<Swept, store::Error> {
     let promoted = promote_stranded(db).await;
     let keys = db.with(async |connection| forget_keys(connection, KEYS).await).await;
     let (promoted, keys) = (promoted?, keys?);
+    METRICS.promoted.with_label_values(&["stranded"]).inc_by(promoted.len() as u64);
     let full = i64::try_from(keys).is_ok_and(|keys| keys >= KEYS);
     Ok(Swept { promoted, keys, next: if full { Next::Again } else { Next::Rest } })
 }

@@ -1,13 +1,22 @@
 //! Claiming due runs, renewing what was claimed, and giving it back.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use serde_json::value::RawValue;
 use sqlx::PgConnection;
+use sqlx::postgres::types::PgInterval;
 use sqlx::types::Json;
 use uuid::Uuid;
 
 use crate::domain::{Lease, Run, Status};
+use crate::metrics::METRICS;
+
+/// For so long after a look that left nothing due it is enough to look at what became due of late...
+pub const FRESH: Duration = Duration::from_millis(500);
+/// ...within so long. What is committed later than that after it became due, or comes back with an older time, is found by the next look at
+/// all.
+pub const RECENT: Duration = Duration::from_secs(10);
 
 /// What a worker asks for when it claims.
 #[derive(Clone, Debug)]
@@ -20,8 +29,13 @@ pub struct Claim<'a> {
     pub executor_types: &'a [String],
     /// The workflows, or definitions, it takes runs of; `None` for all.
     pub workflows: Option<&'a [String]>,
+    /// Only runs of workflows whose full id this regular expression of Postgres matches; `None` for all.
+    pub bound: Option<&'a str>,
     /// Under which id a repetition of this claim is known.
     pub claim_id: Option<&'a str>,
+    /// Only runs that became due within so long: who has just seen that nothing else was due need not walk past what others have
+    /// claimed since, which takes long while an old snapshot keeps vacuum from removing it. `None` for all.
+    pub recent: Option<Duration>,
     /// How many runs at most: its free capacity.
     pub limit: i64,
     /// The time limit of runs whose workflow gives none.
@@ -71,9 +85,16 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
         claim.heartbeat_timeout_seconds,
         claim.workflows,
         claim.claim_id,
+        claim.recent.and_then(|recent| PgInterval::try_from(recent).ok()),
+        claim.bound,
     )
     .fetch_all(connection)
     .await?;
+    for row in &rows {
+        METRICS.claims.with_label_values(&[row.executor_type.as_str()]).inc();
+        let waited = row.started_at.zip(row.available_at).and_then(|(start, due)| (start - due).to_std().ok());
+        METRICS.waiting_seconds.observe(waited.unwrap_or_default().as_secs_f64());
+    }
     // Columns and not a row as JSON, which would be a fifth of what a claim costs.
     let claimed = rows.into_iter().map(|row| Claimed {
         lease: Lease { run_id: row.id, fence: row.fence, secret: Some(row.lease_secret) },
@@ -166,6 +187,18 @@ pub enum Renewal {
     Lost,
 }
 
+impl Renewal {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Held => "held",
+            Self::CancelRequested => "cancel_requested",
+            Self::Overdue => "overdue",
+            Self::Busy => "busy",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 /// Renews `leases`, and keeps what is said about the `progress` of some; the answers stand in the order of the leases.
 /// Touches `run_leases` only, and waits for nobody's lock: neither somebody who locks a run by hand nor one locked lease
 /// delays the other renewals.
@@ -196,6 +229,7 @@ pub async fn renew(
             (true, false, true) | (false, _, _) => Renewal::Lost,
             (true, false, false) => Renewal::Busy,
         })
+        .inspect(|renewal| METRICS.renewals.with_label_values(&[renewal.as_str()]).inc())
         .collect())
 }
 

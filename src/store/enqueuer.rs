@@ -15,6 +15,7 @@ use super::enqueue::{Depth, Enqueued, Request};
 use super::gather::{Asked, Flight, Gather};
 use super::{Db, Error};
 use crate::domain::{OnConflict, WorkflowId};
+use crate::metrics::METRICS;
 
 /// Requests that may wait to be sent.
 const ROOM: usize = 10_000;
@@ -139,6 +140,7 @@ impl Enqueuer {
     /// who ask the same: they asked before the statement began.
     async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
+        METRICS.batch_size.with_label_values(&["enqueues"]).observe(first.len() as f64);
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
         let answers = enqueue_to(&self.0.flights, &requests, PATIENCE, Depth::AtOnce).await;
         for (asked, answer) in first.into_iter().zip(answers) {

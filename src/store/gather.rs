@@ -2,10 +2,14 @@
 //! timer: who comes when nothing is in flight is sent at once.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sqlx::PgConnection;
 use tokio::sync::{Notify, oneshot};
+
+use super::{Db, Error};
+use crate::metrics::METRICS;
 
 /// So many that wait are worth a second statement beside the first: each costs as much by itself as a dozen that it takes.
 const MANY: usize = 64;
@@ -114,6 +118,40 @@ impl<T, A> Gather<T, A> {
     }
 }
 
+impl<T: Clone, A> Gather<T, Result<A, Arc<Error>>> {
+    /// Sends what is asked for by `send`, which answers in the same order, for ever; `kind` is what is counted: one statement after the other, of at most `limit` each.
+    pub(super) async fn fly(
+        &self,
+        db: &Db,
+        flight: Flight,
+        kind: &'static str,
+        limit: usize,
+        send: impl AsyncFn(&mut PgConnection, &[T]) -> sqlx::Result<Vec<A>>,
+    ) {
+        loop {
+            let mut pieces = vec![self.next(flight, limit).await];
+            while let Some(piece) = pieces.pop() {
+                METRICS.batch_size.with_label_values(&[kind]).observe(piece.len() as f64);
+                let items: Vec<T> = piece.iter().map(|asked| asked.item.clone()).collect();
+                match db.with(async |connection| send(connection, &items).await).await {
+                    Ok(answers) => piece.into_iter().zip(answers).for_each(|(asked, answer)| asked.answer(Ok(answer))),
+                    // One that the database refuses, or that waits for somebody, must not keep the others.
+                    Err(error @ (Error::Refused(_) | Error::Busy(_))) if piece.len() > 1 => {
+                        tracing::warn!(%error, "what was sent together was refused; taking it apart");
+                        let mut front = piece;
+                        let back = front.split_off(front.len() / 2);
+                        pieces.extend([back, front]);
+                    }
+                    Err(error) => {
+                        let error = Arc::new(error);
+                        piece.into_iter().for_each(|asked| asked.answer(Err(error.clone())));
+                    }
+                }
+            }
+        }
+    }
+}
+
 impl<T, A> Waiting<T, A> {
     fn is_for_two(&self) -> bool {
         self.sent.is_some_and(|sent| self.queue.len() >= MANY || sent.elapsed() > HELD_UP)
@@ -122,8 +160,6 @@ impl<T, A> Waiting<T, A> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::task::JoinSet;
     use tokio::time::timeout;
 

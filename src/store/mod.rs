@@ -9,12 +9,15 @@ pub mod batch;
 pub mod claim;
 pub mod control;
 pub mod demo;
+pub mod depth;
 pub mod doctor;
 pub mod due;
 pub mod enqueue;
 pub mod enqueuer;
+pub mod events;
 pub mod figures;
 mod gather;
+pub mod keys;
 pub mod logs;
 pub mod lookout;
 pub mod migrate;
@@ -23,6 +26,7 @@ pub mod pauses;
 pub mod pooler;
 pub mod reap;
 pub mod refusals;
+pub mod reports;
 pub mod retention;
 pub mod runs;
 pub mod schedules;
@@ -34,7 +38,7 @@ pub mod workflows;
 
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult};
+use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult, Status};
 use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -234,6 +238,11 @@ impl Db {
     /// Closes connections that nobody has used for ten minutes.
     pub fn close_idle(&self) {
         self.pool.retain(|_, metrics| metrics.last_used() < IDLE);
+    }
+
+    /// How many connections there are, and who waits for one.
+    pub fn status(&self) -> Status {
+        self.pool.status()
     }
 
     /// Closes the pool, waiting at most a moment for connections in use.

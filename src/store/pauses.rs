@@ -38,9 +38,18 @@ pub async fn pause(
 ) -> sqlx::Result<Pause> {
     sqlx::query_as!(
         Pause,
-        "insert into pauses as p (kind, name, reason, paused_by) values ($1, $2, $3, $4)
-         on conflict (kind, name) do update set reason = excluded.reason, paused_by = excluded.paused_by
-         returning name, reason, paused_by, paused_at",
+        r#"
+        with paused as (
+            insert into pauses as p (kind, name, reason, paused_by) values ($1, $2, $3, $4)
+            on conflict (kind, name) do update set reason = excluded.reason, paused_by = excluded.paused_by
+            returning kind, name, reason, paused_by, paused_at
+        ),
+        audited as (
+            insert into audit_log (actor, action, object, detail)
+            select paused_by, kind || '-paused', name, jsonb_build_object('reason', reason) from paused
+        )
+        select name as "name!", reason, paused_by as "paused_by!", paused_at as "paused_at!" from paused
+        "#,
         kind.as_str(),
         name,
         reason,
@@ -50,15 +59,38 @@ pub async fn pause(
     .await
 }
 
-/// Ends a pause, and in the same transaction queues the next waiting run of each workflow that it kept. Whether there was one.
-pub async fn resume(connection: &mut PgConnection, kind: Kind, name: &str) -> sqlx::Result<bool> {
+/// Ends a pause in the name of `actor`, and in the same transaction queues the next waiting run of each workflow that it kept. Whether there was one.
+pub async fn resume(connection: &mut PgConnection, kind: Kind, name: &str, actor: &str) -> sqlx::Result<bool> {
     match kind {
         Kind::Workflow => {
-            sqlx::query_scalar!(r#"select resume_workflow($1) as "resumed!""#, name).fetch_one(connection).await
+            sqlx::query_scalar!(
+                r#"
+                with done as materialized (select resume_workflow($1) as resumed),
+                audited as (
+                    insert into audit_log (actor, action, object) select $2, 'workflow-resumed', $1 from done where resumed
+                )
+                select resumed as "resumed!" from done
+                "#,
+                name,
+                actor,
+            )
+            .fetch_one(connection)
+            .await
         }
         Kind::Queue => {
-            let done = sqlx::query!("delete from pauses where kind = 'queue' and name = $1", name);
-            Ok(done.execute(connection).await?.rows_affected() > 0)
+            sqlx::query_scalar!(
+                r#"
+                with done as (delete from pauses where kind = 'queue' and name = $1 returning name),
+                audited as (
+                    insert into audit_log (actor, action, object) select $2, 'queue-resumed', name from done
+                )
+                select exists (select from done) as "resumed!"
+                "#,
+                name,
+                actor,
+            )
+            .fetch_one(connection)
+            .await
         }
     }
 }
@@ -99,19 +131,21 @@ pub struct Queue {
     pub runs: BTreeMap<Status, i64>,
 }
 
-/// The queues that a run which is not over is in, or that are paused, by name.
-pub async fn queues(connection: &mut PgConnection) -> sqlx::Result<Vec<Queue>> {
+/// The queues that a run which is not over is in, or that are paused, by name; with `bound` those that such runs of workflows are in whose
+/// id this regular expression of Postgres matches.
+pub async fn queues(connection: &mut PgConnection, bound: Option<&str>) -> sqlx::Result<Vec<Queue>> {
     let rows = sqlx::query!(
         r#"
         with live as (
             -- in two parts, each of which has its small index
-            select queue, status from test_runs where status in ('queued', 'running')
+            select queue, status, workflow_id from test_runs where status in ('queued', 'running')
             union all
-            select queue, status from test_runs where status in ('scheduled', 'waiting')
+            select queue, status, workflow_id from test_runs where status in ('scheduled', 'waiting')
         ),
         counted as (
             select queue, jsonb_object_agg(status, runs) as runs
-            from (select queue, status, count(*) as runs from live group by queue, status) s
+            from (select queue, status, count(*) as runs from live
+                  where $1::text is null or workflow_id ~ $1 group by queue, status) s
             group by queue
         )
         select coalesce(c.queue, p.name) as "name!",
@@ -119,8 +153,10 @@ pub async fn queues(connection: &mut PgConnection) -> sqlx::Result<Vec<Queue>> {
                coalesce(c.runs, '{}') as "runs!: Json<BTreeMap<Status, i64>>"
         from counted c
         full join (select * from pauses where kind = 'queue') p on p.name = c.queue
+        where c.queue is not null or $1::text is null
         order by 1
-        "#
+        "#,
+        bound
     )
     .fetch_all(connection)
     .await?;

@@ -112,6 +112,14 @@ pub async fn delete(connection: &mut PgConnection, run_ids: &[Uuid], ages: Ages)
         ),
         events as (
             delete from run_events e using old o where e.run_id = o.id
+            returning e.xid, e.seq
+        ),
+        -- whoever follows the events from before this one is told that some are gone
+        forgotten as (
+            update events_forgotten f
+            set xid = e.xid, seq = e.seq
+            from (select xid, seq from events order by xid desc, seq desc limit 1) e
+            where (f.xid, f.seq) < (e.xid, e.seq)
         ),
         refusals as (
             delete from run_refusals f using old o where f.run_id = o.id

@@ -4,6 +4,7 @@ use sqlx::PgConnection;
 use uuid::Uuid;
 
 use crate::domain::{Lease, Outcome, Status};
+use crate::metrics::METRICS;
 
 /// What became of an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,18 @@ pub async fn settle<'a>(
         let again: Vec<_> = unsure.iter().map(|&index| outcomes[index].clone()).collect();
         for (index, answer) in unsure.into_iter().zip(attempt(connection, &again, actor).await?) {
             answers[index] = answer;
+        }
+    }
+    for ((_, outcome), answer) in outcomes.iter().zip(&answers) {
+        match answer {
+            Settled::Recorded(status) => {
+                METRICS.attempts.with_label_values(&[outcome.verdict.status().as_str()]).inc();
+                if status.is_final() {
+                    METRICS.ended.with_label_values(&[status.as_str()]).inc();
+                }
+            }
+            Settled::Lost(_) => METRICS.lost.inc(),
+            Settled::Already(_) | Settled::Busy => {}
         }
     }
     Ok(answers)

@@ -67,28 +67,9 @@ impl Settler {
 
     /// Sends what is asked for, for ever: one statement after the other. One task for each [`Flight`].
     pub async fn run(self, flight: Flight) {
-        loop {
-            let mut pieces = vec![self.ends.next(flight, PIECE).await];
-            while let Some(piece) = pieces.pop() {
-                let outcomes: Vec<(Lease, Outcome)> = piece.iter().map(|asked| asked.item.clone()).collect();
-                match self.db.with(async |connection| settle(connection, &outcomes, None).await).await {
-                    Ok(settled) => {
-                        piece.into_iter().zip(settled).for_each(|(asked, settled)| asked.answer(Ok(settled)))
-                    }
-                    // One that the database refuses, or that waits for somebody, must not keep the others.
-                    Err(error @ (Error::Refused(_) | Error::Busy(_))) if piece.len() > 1 => {
-                        tracing::warn!(%error, "a batch of ends was refused; taking it apart");
-                        let mut front = piece;
-                        let back = front.split_off(front.len() / 2);
-                        pieces.extend([back, front]);
-                    }
-                    Err(error) => {
-                        let error = Arc::new(error);
-                        piece.into_iter().for_each(|asked| asked.answer(Err(error.clone())));
-                    }
-                }
-            }
-        }
+        self.ends
+            .fly(&self.db, flight, "ends", PIECE, async |connection, ends| settle(connection, ends, None).await)
+            .await;
     }
 }
 

@@ -142,9 +142,10 @@ pub async fn is_defined(connection: &mut PgConnection, id: &WorkflowId) -> sqlx:
 }
 
 /// At most `limit` workflows in use, newest id first, that come after the one defined at `after`; each with the time at
-/// which its id was first defined.
+/// which its id was first defined. With `bound` those whose id this regular expression of Postgres matches.
 pub async fn list(
     connection: &mut PgConnection,
+    bound: Option<&str>,
     after: Option<(DateTime<Utc>, String)>,
     limit: i64,
 ) -> sqlx::Result<Vec<(DateTime<Utc>, Workflow)>> {
@@ -157,12 +158,14 @@ pub async fn list(
         join workflow_revisions v on v.workflow_id = w.id and v.revision = w.revision
         left join pauses p on p.kind = 'workflow' and p.name = w.id
         where w.deleted_at is null and ($1::timestamptz is null or (w.created_at, w.id) < ($1, $2::text))
+          and ($4::text is null or w.id ~ $4)
         order by w.created_at desc, w.id desc
         limit $3
         "#,
         after_at,
         after_id,
         limit,
+        bound,
     )
     .fetch_all(connection)
     .await?;
@@ -204,11 +207,11 @@ pub enum Deleted {
     Unknown,
 }
 
-/// Hides a workflow unless a run that uses its definition is not over. Its history stays, and its id may come back.
+/// Hides a workflow, in the name of `by`, unless a run that uses its definition is not over. Its history stays, and its id may come back.
 ///
 /// An enqueue that is under way at this moment may still be accepted: locking the workflow in every enqueue would cost a
 /// third of its speed. Its run keeps its revision and ends as any other.
-pub async fn delete(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<Deleted> {
+pub async fn delete(connection: &mut PgConnection, id: &WorkflowId, by: &str) -> sqlx::Result<Deleted> {
     let row = sqlx::query!(
         r#"
         with live as materialized (
@@ -226,11 +229,15 @@ pub async fn delete(connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Res
         ),
         unscheduled as (
             delete from workflow_schedules s using deleted d where s.workflow_id = d.id
+        ),
+        audited as (
+            insert into audit_log (actor, action, object) select $2, 'workflow-deleted', id from deleted
         )
         select exists (select from deleted) as "gone!", (select id from live) as live,
                exists (select from workflows where id = $1 and deleted_at is null) as "known!"
         "#,
         id.as_str(),
+        by,
     )
     .fetch_one(connection)
     .await?;

@@ -25,7 +25,7 @@ async fn put(db: &Db, workflow: &str, definition: &Definition) -> Put {
 
 async fn delete(db: &Db, workflow: &str) -> Result<Deleted, Error> {
     let id = id(workflow);
-    db.with(async |connection| workflows::delete(connection, &id).await).await
+    db.with(async |connection| workflows::delete(connection, &id, "test").await).await
 }
 
 async fn revisions(db: &Db, workflow: &str) -> Vec<i32> {

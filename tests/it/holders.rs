@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
-use singletrack::api::{Api, Facts, Shared, Terms, router};
+use singletrack::api::{Api, Facts, Keys, Shared, Terms, router};
 use singletrack::domain::{Status, Verdict};
 use singletrack::engine::{Next, chores};
 use singletrack::store::Flight;
 use singletrack::store::enqueuer::Enqueuer;
+use singletrack::store::logs::Bound;
+use singletrack::store::reports::Reports;
 use singletrack::store::settler::Settler;
 use sqlx::PgPool;
 use tokio::sync::Semaphore;
@@ -229,11 +231,14 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         flights: test.db.clone(),
         enqueuer,
         settler: Settler::new(test.db.clone()),
+        reports: Reports::new(test.db.clone(), Bound { bytes: 1000, pieces: 10 }),
         wake: Arc::default(),
         wake_pull: Arc::default(),
         wake_scheduler: Arc::default(),
         draining: CancellationToken::new(),
         notes: Arc::default(),
+        keys: Keys::new(false, None),
+        feed: Arc::default(),
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
     });
     let facts = api.facts.clone();

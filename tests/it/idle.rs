@@ -14,8 +14,10 @@ use tokio::time::{sleep, timeout};
 
 use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
+use crate::support::eventually;
 use crate::support::plant;
 use crate::support::replica::Replica;
+use crate::support::sse::Stream;
 
 /// As many workflows as somebody may have, each with a schedule whose tick is not to come yet.
 async fn workflows_with_schedules(test: &TestDb) {
@@ -104,6 +106,35 @@ async fn an_idle_replica_makes_fewer_than_three_statements_a_second() {
     assert!(statements >= 30, "it must look: {statements} in 20 s");
     assert!(statements < 60, "{statements} in 20 s");
     drop(replica);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_listeners_cost_what_one_costs_and_nothing_when_they_have_gone() {
+    let test = TestDb::new().await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut parts = JoinSet::new();
+    let (url, count) = counted(&test, folder.path(), &mut parts);
+    let settings = Settings { listen: Some("127.0.0.1:0".into()), workers: Some("0".into()), ..Settings::default() };
+    let replica = Replica::with(&TestDb::at(url), settings).await;
+    let during = async |seconds| {
+        let before = count.load(Ordering::Relaxed);
+        sleep(Duration::from_secs(seconds)).await;
+        count.load(Ordering::Relaxed) - before
+    };
+    let mut streams = Vec::new();
+    for _ in 0..100 {
+        streams.push(Stream::begun(&replica.client, "/api/v1/events").await);
+    }
+    let listening = during(5).await;
+    assert!(listening < 50, "{listening} in 5 s");
+    plant::run(&test, "w", Status::Succeeded).await;
+    for stream in &mut streams {
+        assert_eq!(stream.next().await.unwrap().data["workflow_id"], "w");
+    }
+    drop(streams);
+    // That a client has gone is noticed when it is sent something.
+    plant::run(&test, "v", Status::Succeeded).await;
+    eventually("nobody listens", LIMIT, async || (during(2).await < 9).then_some(())).await;
 }
 
 #[tokio::test]

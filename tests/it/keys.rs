@@ -83,7 +83,7 @@ async fn of_many_requests_under_one_key_at_once_one_run_comes() {
         plant::workflow(&test.sql, &workflow, &["true"]).await;
         let mut requests = JoinSet::new();
         for _ in 0..10 {
-            let key = Some(Key { text: "k".into(), seconds: 60.0 });
+            let key = Some(Key { owner: String::new(), text: "k".into(), seconds: 60.0 });
             let (db, request) = (test.db.clone(), Request { on_conflict: Some(policy), key, ..request(&workflow) });
             requests.spawn(async move { send(&db, &request, false).await.unwrap() });
         }
@@ -133,7 +133,7 @@ async fn a_key_that_is_over_or_whose_run_is_gone_may_be_used_anew() {
 async fn a_request_with_a_key_whose_commit_was_lost_is_repeated_as_itself() {
     let test = TestDb::new().await;
     plant::workflow(&test.sql, "w", &["true"]).await;
-    let key = Some(Key { text: "k".into(), seconds: 60.0 });
+    let key = Some(Key { owner: String::new(), text: "k".into(), seconds: 60.0 });
     let keyed = Request { key, ..request("w") };
     for repeated in [false, true, true] {
         let Enqueued::Accepted(run) = send(&test.db, &keyed, repeated).await.unwrap() else { panic!() };

@@ -48,7 +48,7 @@ fn the_document_changes_on_purpose_only() {
 }
 
 #[test]
-fn every_operation_says_what_it_is_and_what_it_will_need() {
+fn every_operation_says_what_it_is_and_what_it_needs() {
     let document = document();
     let mut names = BTreeSet::new();
     for (method, path, operation) in operations(&document) {
@@ -58,10 +58,10 @@ fn every_operation_says_what_it_is_and_what_it_will_need() {
         assert_eq!(operation["tags"].as_array().map(Vec::len), Some(1), "{method} {path}: tag");
         let schemes = operation["security"].as_array().unwrap();
         assert!(!schemes.is_empty(), "{method} {path}: security");
-        let open = ["/livez", "/readyz", "/openapi.json"].contains(&path.as_str());
+        let open = ["/livez", "/readyz", "/openapi.json", "/api/v1/leases/finish"].contains(&path.as_str());
         let scope = schemes.iter().find_map(|scheme| scheme.get("api_key")).map(|scopes| scopes[0].as_str().unwrap());
         match scope {
-            None => assert!(open, "{method} {path}: it will need a scope"),
+            None => assert!(open, "{method} {path}: it needs a scope"),
             Some(scope) => assert!(["read", "enqueue", "work", "admin"].contains(&scope), "{method} {path}: {scope}"),
         }
         for (status, response) in operation["responses"].as_object().unwrap() {
@@ -78,7 +78,9 @@ fn every_operation_says_what_it_is_and_what_it_will_need() {
 fn every_type_of_problem_is_listed() {
     let document = document();
     let listed = document["components"]["schemas"]["Problem"]["properties"]["type"]["description"].as_str().unwrap();
-    let source = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api/problem.rs")).unwrap();
+    let read =
+        |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/api").join(file)).unwrap();
+    let source = read("problem.rs") + &read("problem/access.rs");
     let mut causes = 0;
     for made in source.split("Self::new(").chain(source.split("Problem::new(")).skip(1) {
         let Some(cause) = made.trim_start().strip_prefix("StatusCode::").and_then(|made| made.split('"').nth(1)) else {
@@ -152,6 +154,11 @@ async fn every_documented_operation_is_there() {
         let request = replica.client.request(method.parse::<Method>().unwrap(), &path.replace("{id}", id));
         let request =
             if operation.get("requestBody").is_some() { request.json(&serde_json::json!({})) } else { request };
+        if path == "/api/v1/events" {
+            // It has no end.
+            assert_eq!(request.send().await.unwrap().status(), 200);
+            continue;
+        }
         let answer = Answer::of(request).await.unwrap();
         let documented = operation["responses"].get(answer.status.to_string()).is_some();
         assert!(documented, "{method} {path} is answered with {}: {answer:?}", answer.status);

@@ -162,7 +162,9 @@ async fn a_claim_that_is_sent_twice_at_once_takes_its_runs_once() {
         queues: None,
         executor_types: &executor_types,
         workflows: None,
+        bound: None,
         claim_id: Some("one"),
+        recent: None,
         limit: 2,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,
@@ -253,7 +255,7 @@ async fn waiting_claim(test: &TestDb, client: &Client, more: Value) -> JoinHandl
         let looked: bool = sqlx::query_scalar(
             "select exists (select from pg_stat_activity
                             where datname = current_database() and state = 'idle' and query_start > $1
-                              and query like '%numbered as%')",
+                              and query like '-- MATERIALIZED, or%')",
         )
         .bind(now)
         .fetch_one(&test.sql)

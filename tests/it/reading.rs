@@ -8,7 +8,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use singletrack::domain::{Lease, LogChunk, Status, Stream};
 use singletrack::store::claim::{Claim, claim, release};
-use singletrack::store::logs;
+use singletrack::store::logs::{self, Printed};
 use sqlx::PgPool;
 use uuid::Uuid;
 
@@ -321,7 +321,9 @@ async fn take(test: &TestDb) -> Lease {
         queues: None,
         executor_types: &types,
         workflows: None,
+        bound: None,
         claim_id: None,
+        recent: None,
         limit: 1,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,
@@ -380,7 +382,8 @@ async fn a_log_is_read_in_the_order_of_its_making_whole_or_by_attempt() {
     }
     let chunk = |stream, text: &str| LogChunk { stream, text: text.to_owned() };
     let chunks = [chunk(Stream::Stderr, "a"), chunk(Stream::Stdout, "b"), chunk(Stream::System, "c")];
-    test.db.with(async |connection| logs::append(connection, lease, 1, &chunks).await).await.unwrap();
+    let printed = [Printed { lease, first_seq: 1, chunks: chunks.into() }];
+    test.db.with(async |connection| logs::append(connection, &printed).await).await.unwrap();
 
     let path = format!("/api/v1/runs/{}/logs", lease.run_id);
     let texts = |entries: &[Value]| -> String { entries.iter().map(|entry| entry["text"].as_str().unwrap()).collect() };

@@ -4,11 +4,16 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use rustix::process::geteuid;
 use singletrack::config::Settings;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
+use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
 use crate::support::process::{GUARD, Process, SHORT_LEASE, singletrack};
 use crate::support::proxy::Proxy;
@@ -167,16 +172,56 @@ async fn every_answer_has_an_id_to_find_it_in_the_log_by() {
     assert_eq!(named.headers["x-request-id"], "mine-1", "a proxy's own is kept");
 }
 
-#[test]
-fn it_listens_on_loopback_only() {
-    for address in ["0.0.0.0:7410", "[::]:7410", "192.168.1.2:7410", "8.8.8.8:80", "[::ffff:10.0.0.1]:80"] {
-        let settings = Settings { listen: Some(address.into()), ..Settings::default() };
-        let refused = settings.resolve(None).unwrap_err().to_string();
-        assert!(refused.starts_with("SINGLETRACK_LISTEN: ") && refused.contains("other machines"), "{refused}");
+#[tokio::test(flavor = "multi_thread")]
+async fn every_answer_tells_browsers_to_show_it_in_no_frame_and_to_guess_nothing() {
+    let (_test, replica, run) = replica(short_lease()).await;
+    for request in requests(&run) {
+        let answer = send(&replica.client, &request, &[]).await;
+        for (name, value) in [
+            ("x-content-type-options", "nosniff"),
+            ("referrer-policy", "no-referrer"),
+            ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+        ] {
+            assert_eq!(answer.headers.get(name).unwrap(), value, "{request:?}: {answer:?}");
+        }
     }
-    for address in ["127.0.0.1:0", "127.1.2.3:80", "[::1]:7410", "localhost:7410"] {
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_sends_the_head_of_a_request_slowly_is_cut_off() {
+    let (_test, replica, _) = replica(short_lease()).await;
+    let mut slow = TcpStream::connect(replica.client.base.strip_prefix("http://").unwrap()).await.unwrap();
+    slow.write_all(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n").await.unwrap();
+    let (since, mut answer) = (Instant::now(), Vec::new());
+    let cut = timeout(LIMIT, async {
+        // A line now and then does not begin the time anew.
+        for line in 0.. {
+            let sent = slow.write_all(format!("X-{line}: x\r\n").as_bytes()).await;
+            let read = timeout(Duration::from_millis(500), slow.read_to_end(&mut answer)).await;
+            if sent.is_err() || read.is_ok() {
+                break;
+            }
+        }
+    });
+    cut.await.expect("it is cut off");
+    assert!(since.elapsed() >= Duration::from_secs(5), "one that is merely far away is not: {:?}", since.elapsed());
+    let text = String::from_utf8_lossy(&answer);
+    assert!(text.is_empty() || text.starts_with("HTTP/1.1 408"), "{text}");
+}
+
+#[test]
+fn it_listens_on_loopback_unless_told_otherwise() {
+    assert!(Settings::default().resolve(None).unwrap().listen.ip().is_loopback());
+    for (address, is_local) in [
+        ("0.0.0.0:7410", false),
+        ("[::]:7410", false),
+        ("[::ffff:10.0.0.1]:80", false),
+        ("127.1.2.3:80", true),
+        ("[::1]:7410", true),
+        ("localhost:7410", true),
+    ] {
         let settings = Settings { listen: Some(address.into()), ..Settings::default() };
-        assert!(settings.resolve(None).unwrap().listen.ip().is_loopback(), "{address}");
+        assert_eq!(settings.resolve(None).unwrap().listen.ip().is_loopback(), is_local, "{address}");
     }
 }
 

@@ -297,7 +297,7 @@ async fn a_workflow_without_a_schedule_and_one_that_is_deleted_have_none_that_st
     assert_eq!(standing(&test, "w").await, None);
     define(&test, "w", json!({"schedule": schedule})).await;
     let id: WorkflowId = "w".parse().unwrap();
-    let deleted = test.db.with(async |connection| workflows::delete(connection, &id).await).await.unwrap();
+    let deleted = test.db.with(async |connection| workflows::delete(connection, &id, "test").await).await.unwrap();
     assert_eq!((deleted, standing(&test, "w").await), (Deleted::Gone, None));
     let put = define(&test, "w", json!({"schedule": schedule})).await;
     assert_eq!(standing(&test, "w").await, Some((put.revision.created_at, None)), "the id came back");

@@ -85,9 +85,39 @@ const BAD_ROWS: &[(&str, &str)] = &[
     ("update workflow_revisions set max_waiting = 0", "workflow_revisions_max_waiting"),
     ("update workflow_revisions set schedule = '{\"cron\": \"* * * * *\"}'", "workflow_revisions_schedule"),
     ("insert into pauses (kind, name, paused_by) values ('run', 'x', 'me')", "pauses_kind_known"),
+    ("update events_forgotten set one = false", "events_forgotten_one"),
     ("update run_attempts set status = 'running'", "run_attempts_status_known"),
     ("update run_attempts set finished_at = started_at - interval '1 s'", "run_attempts_finish_after_start"),
     ("insert into run_logs (fence, stream, seq, text) values (1, 'stdin', 1, '')", "run_logs_stream_known"),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', '', sha256('x'), '{read}', null, 'me', null)",
+        "api_keys_name_length",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', 'x', '{read}', null, 'me', null)",
+        "api_keys_secret_hash_is_sha256",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', sha256('x'), '{}', null, 'me', null)",
+        "api_keys_scopes_known",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', sha256('x'), '{read,write}', null, 'me', null)",
+        "api_keys_scopes_known",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', sha256('x'), '{null}', null, 'me', null)",
+        "api_keys_scopes_known",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', sha256('x'), '{read}', '{}', 'me', null)",
+        "api_keys_workflows_some",
+    ),
+    (
+        "insert into api_keys (id, name, secret_hash, scopes, workflows, created_by, revoked_at) values ('x', 'n', sha256('x'), '{read}', null, 'me', now())",
+        "api_keys_revoked_by_somebody",
+    ),
+    ("insert into audit_log (actor, action, object) values ('me', 'looked', 'x')", "audit_log_action_known"),
 ];
 
 #[tokio::test]

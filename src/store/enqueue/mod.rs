@@ -66,6 +66,8 @@ pub enum When {
 /// An idempotency key.
 #[derive(Clone, Debug)]
 pub struct Key {
+    /// Whose key it is: the id of an API key; empty where there is none.
+    pub owner: String,
     /// What the caller chose, 1 to 255 characters.
     pub text: String,
     /// How long an accepted answer is kept under it, in seconds.
@@ -246,13 +248,13 @@ async fn look_closely(
         r#"
         select a.run_id, a.outcome as "outcome!", a.holder
         from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $7::integer[], $8::uuid[], $9::text[],
-                    $10::timestamptz[], $11::float8[], $12::text[], $13::float8[])
+                    $10::timestamptz[], $11::float8[], $12::text[], $13::float8[], $15::text[])
             with ordinality
             as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, on_conflict,
-                  run_at, delay_seconds, key, key_seconds, position)
+                  run_at, delay_seconds, key, key_seconds, key_owner, position)
         cross join lateral enqueue_run_as(
             e.id, e.workflow_id, e.input, e.on_conflict, e.key, e.priority, e.run_at, e.delay_seconds, e.labels,
-            e.max_attempts, e.rerun_of, null, e.requested_by, '', e.key_seconds, $14) a
+            e.max_attempts, e.rerun_of, null, e.requested_by, coalesce(e.key_owner, ''), e.key_seconds, $14) a
         order by e.position
         "#,
         &columns.ids,
@@ -269,6 +271,7 @@ async fn look_closely(
         &columns.keys as &[Option<String>],
         &columns.key_seconds as &[Option<f64>],
         repeated,
+        &columns.key_owners as &[Option<String>],
     )
     .fetch_all(&mut *connection)
     .await?;
@@ -343,6 +346,7 @@ struct Columns {
     delay_seconds: Vec<Option<f64>>,
     keys: Vec<Option<String>>,
     key_seconds: Vec<Option<f64>>,
+    key_owners: Vec<Option<String>>,
 }
 
 impl Columns {
@@ -370,6 +374,7 @@ impl Columns {
             }),
             keys: column(requests, |request| request.key.as_ref().map(|key| key.text.clone())),
             key_seconds: column(requests, |request| request.key.as_ref().map(|key| key.seconds)),
+            key_owners: column(requests, |request| request.key.as_ref().map(|key| key.owner.clone())),
         }
     }
 }

@@ -4,9 +4,11 @@ with due as materialized (
     from test_runs
     where status = 'queued'
       and available_at <= now()
+      and available_at >= coalesce(now() - $9::interval, '-infinity')
       and executor_type = any($3::text[])
       and ($2::text[] is null or queue = any($2::text[]))
       and ($7::text[] is null or workflow_id = any($7::text[]) or definition = any($7::text[]))
+      and ($10::text is null or workflow_id ~ $10)
       and not exists (select from pauses p where p.kind = 'workflow' and p.name in (workflow_id, definition))
       and not exists (select from pauses p where p.kind = 'queue' and p.name = queue)
       -- A larger one, put there by hand or by a restore, would make the update below fail for all of them.

@@ -51,6 +51,11 @@ written as (
     from next
     returning *
 ),
+audited as (
+    insert into audit_log (actor, action, object, detail)
+    select created_by, 'workflow-put', workflow_id, jsonb_build_object('revision', revision, 'executor_type', executor_type)
+    from written
+),
 -- A schedule that still says when as it did goes on where it stands; what it gives its runs may have changed.
 going_on as (
     select

@@ -1,5 +1,6 @@
 //! What tests stand on: a durable Postgres, a database per test, replicas in this process and as real processes.
 
+pub mod access;
 pub mod calls;
 pub mod database;
 pub mod pgbouncer;
@@ -10,6 +11,7 @@ pub mod proxy;
 pub mod pull;
 pub mod replica;
 pub mod scratch;
+pub mod sse;
 pub mod standby;
 pub mod subject;
 pub mod target;

@@ -96,6 +96,11 @@ impl Process {
         }
     }
 
+    /// The lines of its log that nobody has read, once it has ended.
+    pub fn rest(&self) -> String {
+        self.lines.iter().collect::<Vec<_>>().join("\n")
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();

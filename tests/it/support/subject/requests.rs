@@ -89,7 +89,7 @@ impl Subject {
             on_conflict: request.policy,
             priority: Some(request.priority.into()),
             when: if request.later { When::At(LATER.parse().unwrap()) } else { When::Now },
-            key: request.key.map(|key| Key { text: key_text(key), seconds: 86_400.0 }),
+            key: request.key.map(|key| Key { owner: String::new(), text: key_text(key), seconds: 86_400.0 }),
             ..enqueue::Request::new(workflow_id, "test")
         }
     }
@@ -231,7 +231,7 @@ impl Subject {
         if matches!(through, Entrance::Http | Entrance::HttpBatch) {
             return self.change_pause(kind, &name, "resume").await;
         }
-        self.db.with(async |connection| pauses::resume(connection, kind, &name).await).await.unwrap();
+        self.db.with(async |connection| pauses::resume(connection, kind, &name, "test").await).await.unwrap();
         Answer::Silence
     }
 
