@@ -48,13 +48,22 @@ export function conflict(workflowId, body, refused) {
       error ? trouble(error) : null,
       h('footer', null,
         button('Leave it', () => close()),
-        problem.run_id ? button('Cancel it and run mine', () => again('replace'), { kind: 'danger', name: 'replace' }) : null,
+        problem.run_id ? button('Replace it…', () => (close(), replace(workflowId, body, problem)), { kind: 'danger', name: 'replace' }) : null,
         button('Wait in line', () => again('wait'), { name: 'wait' }),
         problem.run_id ? button('Open that run', () => (close(), go(runLink(problem.run_id))), { kind: 'primary', name: 'open' }) : null,
         paused ? button('Open the workflow', () => (close(), go(link(`workflows/${encodeURIComponent(workflowId)}`))), { kind: 'primary' }) : null),
     ];
     return view();
   });
+}
+
+/** Takes the place of whoever has the slot, after a question. */
+async function replace(workflowId, body, { holder: held }) {
+  const run = await confirm(`Replace the run of ${workflowId}?`, `The run that has the slot${held ? `, requested by ${held.requested_by},` : ''} is cancelled. Yours starts when its process is gone, before all that wait.`, {
+    yes: 'Cancel it and run mine',
+    doing: () => api.start(workflowId, { ...body, on_conflict: 'replace' }),
+  });
+  if (run) go(runLink(run.id));
 }
 
 /** Who has a slot, as a problem says it. */

@@ -126,7 +126,9 @@ mod tests {
     fn nothing_is_inline_and_nothing_comes_from_elsewhere() {
         for file in FILES {
             let text = file.text.replace("http://www.w3.org/", "");
-            for foreign in ["<script>", "<style", " style=\"", " onclick=\"", "src=\"http", "href=\"http", "url(http", "innerHTML"] {
+            for foreign in
+                ["<script>", "<style", " style=\"", " onclick=\"", "src=\"http", "href=\"http", "url(http", "innerHTML"]
+            {
                 assert!(!text.contains(foreign), "{}: {foreign}", file.name);
             }
         }

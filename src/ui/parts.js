@@ -110,6 +110,7 @@ export function dialog(title, build) {
     element.addEventListener('click', (event) => event.target === element && close());
     document.body.append(element);
     element.showModal();
+    (element.querySelector('input, textarea') ?? element.querySelector('footer .primary:not(.danger)') ?? element.querySelector('footer .button'))?.focus();
   });
 }
 

@@ -118,7 +118,7 @@ function timeline(it, attempts) {
     const status = attempt.finished_at ? attempt.status : 'running';
     const bar = h('div.track', null,
       waited > 0 ? h('span.waited', { style: { left: at(before), width: `calc(${at(from)} - ${at(before)})` }, title: `waited ${duration(waited)}` }) : null,
-      h('span.span', { class: `s-${status}`, style: { left: at(from), width: `calc(${at(to)} - ${at(from)})` }, title: `${word(status)}: ${duration((to - from) / 1000)}` }));
+      h('span.span', { class: `s-${status}`, style: attempt.finished_at ? { left: at(from), width: `calc(${at(to)} - ${at(from)})` } : { left: at(from), right: '0' }, title: `${word(status)}: ${duration((to - from) / 1000)}` }));
     before = to;
     return h('div.attempt', { key: String(attempt.fence) },
       h('div.of', null, h('b', null, `#${attempt.attempt}`), ' ', badge(status)),
