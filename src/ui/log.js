@@ -85,7 +85,7 @@ export function log(runId, { line, isOver }) {
     scroller.dataset.lines = lines.length;
     follow.setAttribute('aria-pressed', String(following));
     if (following) scroller.scrollTop = scroller.scrollHeight;
-    else if (marked && !placed && marked <= lines.length) {
+    else if (marked && !placed && marked <= lines.length && scroller.clientHeight) {
       placed = true;
       scroller.scrollTop = Math.max(0, marked * LINE - scroller.clientHeight / 2);
     }
