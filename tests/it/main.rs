@@ -79,6 +79,7 @@ mod schedules;
 mod schema;
 mod settings;
 mod shutdown;
+mod slots;
 mod sqlx_data;
 mod standby;
 mod storm;
