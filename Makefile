@@ -2,7 +2,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fault bench prepare lint
+.PHONY: help run test fault bench screenshots prepare lint
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -15,7 +15,7 @@ run: ## build and start everything, with a Postgres of its own (ARGS="--help": w
 
 test: ## every test, against a Postgres of its own (PG=18: of that version; TESTARGS: for cargo test)
 	@.ci/tools cargo cc
-	@.ci/tools curl jq python3 faketime pgbouncer promtool || [ -z "$$CI" ] # what is tested with them is skipped without them
+	@.ci/tools curl jq python3 faketime pgbouncer promtool chromedriver || [ -z "$$CI" ] # what is tested with them is skipped without them
 	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the tests start a Postgres of their own"
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		exec cargo test --locked $(TESTARGS)
@@ -34,6 +34,11 @@ bench: ## how fast it is, beside bare SQL (BENCH=drain: one measure, or several 
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		REPS=$(REPS) SECONDS=$(SECONDS) RUNS=$(RUNS) MINUTES=$(MINUTES) HISTORY=$(HISTORY) IDLE_SECONDS=$(IDLE_SECONDS) \
 		cargo bench --locked --bench bench -- all $(BENCH)
+
+screenshots: ## pictures of every screen of the dashboard, into target/screenshots/
+	@.ci/tools cargo cc chromedriver
+	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
+		cargo test --locked --test it dashboard::pictures -- --ignored
 
 prepare: ## write sqlx-data.json anew, after a change of a query or a migration
 	@.ci/prepare

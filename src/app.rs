@@ -38,6 +38,7 @@ use crate::store::reports::Reports;
 use crate::store::retention::{Ages, SQL_KEY};
 use crate::store::settler::Settler;
 use crate::store::{self, Db, Flight, migrate, pooler};
+use crate::ui;
 
 /// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
@@ -199,7 +200,7 @@ pub async fn run(
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
-        Role::Serve => api::router(api),
+        Role::Serve => api::router(api).merge(ui::router()),
         Role::Worker => api::probes_router(api),
     };
     let server = axum_server::Handle::new();

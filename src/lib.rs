@@ -71,6 +71,7 @@
 //! | [`executor`] | turns a spec into an outcome; knows no database and no retries | domain, tls |
 //! | [`engine`] | what happens unasked: passes, and the loops that repeat them | domain, store, executor, config |
 //! | [`api`] | the only place that knows HTTP: `api/mod.rs` has every route on one screen | domain, store |
+//! | [`ui`] | the dashboard's files, which are in the binary and use nothing but the API over HTTP | nothing of ours |
 //! | [`dev`] | the private Postgres of `singletrack dev` and of the tests | nothing of ours |
 //! | [`app`] | composition root: wires the parts, and stops them in order; [`app::doctor`] judges what `store/doctor` finds | all |
 //! | [`cli`] | the commands of the binary; its client half speaks HTTP, never the store | app, config, dev, domain, telemetry, tls |
@@ -122,6 +123,7 @@ pub(crate) mod tls;
 
 pub mod cli;
 pub mod dev;
+pub mod ui;
 
 pub use app::{Client, Stop, embed};
 pub use executor::handler::{Context, Handlers};

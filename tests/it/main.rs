@@ -23,6 +23,7 @@ mod cancelling;
 mod claims;
 mod commands;
 mod crowds;
+mod dashboard;
 mod definitions;
 mod demo;
 mod dev;

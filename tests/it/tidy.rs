@@ -15,7 +15,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("engine", &["domain", "store", "executor", "config", "metrics"]),
     ("api", &["domain", "store", "metrics"]),
     ("dev", &[]),
-    ("app", &["api", "config", "domain", "engine", "executor", "store"]),
+    ("ui", &[]),
+    ("app", &["api", "config", "domain", "engine", "executor", "store", "ui"]),
     ("cli", &["app", "config", "dev", "domain", "telemetry", "tls"]),
 ];
 

@@ -1,0 +1,84 @@
+// How the service does: what is queued, for how long, how much gets done, and whether all parts are well.
+
+import { api, base, whyNot } from './api.js';
+import { h } from './dom.js';
+import { age, now, number, plural, time } from './format.js';
+import { pause, resume } from './actions.js';
+import { button, facts, link, panel, pausedBadge } from './parts.js';
+import { FINAL, LIVE, badge } from './status.js';
+
+export function system() {
+  let counts = {};
+  let hour = {};
+  let queues = [];
+  let ready = null;
+  let oldest = null;
+  let version = null;
+  const changed = () => document.dispatchEvent(new Event('singletrack:changed'));
+
+  const figure = (value, name, href, kind = '') => h('a.figure', { href, class: kind }, h('b', null, value), h('span', null, name));
+  const total = (map, names) => names.reduce((sum, name) => sum + (map[name] ?? 0), 0);
+
+  const row = (queue) => {
+    const count = (status) => number(queue.runs?.[status] ?? 0);
+    return h('div.tr', { role: 'row', key: queue.name },
+      h('div', { role: 'cell' }, h('a.name', { href: link('runs', { queue: queue.name }) }, queue.name), queue.pause ? pausedBadge(`By ${queue.pause.paused_by}${queue.pause.reason ? `: ${queue.pause.reason}` : ''}`) : null),
+      LIVE.toReversed().map((status) => h('div.num', { role: 'cell', 'data-label': status }, count(status))),
+      h('div.c-acts', { role: 'cell' }, queue.pause
+        ? button('Resume', async () => (await resume(queue.name, 'queue'), changed()), { why: whyNot('admin') })
+        : button('Pause', async () => (await pause(queue.name, 'queue')) && changed(), { why: whyNot('admin') })));
+  };
+
+  return {
+    title: 'System',
+    async load() {
+      const since = new Date(now() - 3_600_000).toISOString();
+      const [all, recent, known, state, queued] = await Promise.all([
+        api.counts(),
+        api.counts({ since }),
+        api.queues(),
+        api.ready().catch((error) => error.problem ?? { ready: false }),
+        oldestQueued(),
+      ]);
+      [counts, hour, queues, ready, oldest] = [all, recent, known.items, state, queued];
+      version ??= (await api.document()).info?.version ?? null;
+    },
+    view() {
+      const done = total(hour, FINAL);
+      const bad = total(hour, ['failed', 'timed_out', 'stale']);
+      const words = (fact) => h('span.state', { class: fact ? 'good' : 'bad' }, fact ? 'ready' : 'not ready');
+      return [
+        h('div.head', null, h('h1', null, 'System')),
+        h('div.figure-row', null,
+          figure(number(counts.running ?? 0), 'running', link('runs', { status: 'running' })),
+          figure(number(counts.queued ?? 0), 'queued', link('runs', { status: 'queued' })),
+          figure(oldest ? time(oldest, 'since') : '–', 'oldest queued', link('runs', { status: 'queued' }), oldest && age(oldest) > 60 ? 'warn' : ''),
+          figure(number(counts.waiting ?? 0), 'waiting for a slot', link('runs', { status: 'waiting' })),
+          figure(number(done), `done, of the last hour’s`, link('runs', { hours: 1 })),
+          figure(number(bad), 'of these went wrong', link('runs', { hours: 1, status: 'failed,timed_out,stale' }), bad ? 'warn' : '')),
+        panel('Queues', queues.length
+          ? h('div.table.queues', { role: 'table', 'aria-label': 'Queues' }, h('div.tr.th', { role: 'row' }, h('div', { role: 'columnheader' }, 'Queue'), LIVE.toReversed().map((status) => h('div.num', { role: 'columnheader' }, badge(status))), h('div', { role: 'columnheader' })), queues.map(row))
+          : h('p.muted', null, 'A queue is here when a workflow names one, or a run is in it.')),
+        h('div.columns-2.even', null,
+          panel('Health', facts(['This replica', words(ready?.ready)], ['Database', ready?.database], ['Schema', ready?.schema], ['Stopping', ready?.draining ? 'yes: it finishes what it has' : null])),
+          panel('Service', facts(['Version', version], ['Address', base], ['Runs kept', plural(total(counts, [...LIVE, ...FINAL]), 'run')], ['API', h('a', { href: `${base}/openapi.json` }, 'openapi.json')]), h('p.muted.small', null, 'Settings: ', h('code', null, 'singletrack serve --print-config'), '. A check of everything the service promises: ', h('code', null, 'singletrack doctor'), '.'))),
+      ];
+    },
+  };
+}
+
+/** Since when the run is due that has been queued the longest. Queued runs are few, one per workflow at most: the last page has it. */
+async function oldestQueued() {
+  let cursor;
+  let oldest = null;
+  for (let pages = 0; pages < 10; pages += 1) {
+    const page = await api.runs({ status: 'queued', limit: 200, cursor });
+    for (const run of page.items) {
+      const due = run.available_at ?? run.created_at;
+      if (Date.parse(due) <= now() && (!oldest || due < oldest)) oldest = due;
+    }
+    cursor = page.next_cursor;
+    if (!cursor) break;
+  }
+  return oldest;
+}
