@@ -141,7 +141,7 @@ export const api = {
   rerun: (run) => post(`/runs/${id(run)}/rerun`),
   bulk: (what, body) => post(`/runs/${what}`, body),
   slots: (params) => get('/slots', params),
-  workers: () => get('/workers'),
+  workers: (params) => get('/workers', params),
   ready: () => request('GET', '/readyz'),
   document: () => request('GET', '/openapi.json'),
 };

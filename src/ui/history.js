@@ -8,7 +8,7 @@ import { FINAL, LIVE, holdsSlot, word } from './status.js';
 /** Results that a row shows. */
 export const SHOWN = 20;
 
-const took = (run) => (run.started_at && run.finished_at ? secondsBetween(run.started_at, run.finished_at) : null);
+const took = (run) => run.seconds ?? (run.started_at && run.finished_at ? secondsBetween(run.started_at, run.finished_at) : null);
 
 export function median(values) {
   if (!values.length) return null;
@@ -32,8 +32,26 @@ const newest = (runs) => [...new Map(runs.map((run) => [run.id, run])).values()]
 
 const kept = new Map();
 
-/** What the home screen knows: every workflow and instance, who has its slot, who waits, and the last results as far as they were read. */
+/** A slot as the API lists it, as a row. */
+function rowOf(slot) {
+  const { holder, workflow_id: id } = slot;
+  const result = (one) => ({ id: one.run_id, status: one.status, created_at: one.finished_at, finished_at: one.finished_at, seconds: one.seconds });
+  return { id, pause: slot.pause, waiting: slot.waiting, scheduled: slot.scheduled, results: slot.results.map(result), whole: true, holder: holder && { ...holder, id: holder.run_id, workflow_id: id } };
+}
+
+/** What the home screen knows, by the list of slots; of a server that has none yet, out of other lists. */
 export async function readSlots() {
+  try {
+    const slots = await everything(api.slots);
+    return { rows: slots.items.map(rowOf), all: slots.all };
+  } catch (error) {
+    if (error.status === 404) return composeSlots();
+    throw error;
+  }
+}
+
+/** Every workflow and instance, who has its slot, who waits, and the last results as far as they were read. */
+async function composeSlots() {
   const [workflows, live, recent] = await Promise.all([
     everything(api.workflows),
     everything(api.runs, { status: LIVE.join(',') }, 2000),
@@ -41,14 +59,14 @@ export async function readSlots() {
   ]);
   const rows = new Map();
   const row = (id) => {
-    if (!rows.has(id)) rows.set(id, { id, workflow: null, holder: null, waiting: [], scheduled: [], results: [] });
+    if (!rows.has(id)) rows.set(id, { id, workflow: null, holder: null, waiting: 0, scheduled: 0, results: [] });
     return rows.get(id);
   };
   for (const workflow of workflows.items) row(workflow.id).workflow = workflow;
   for (const run of live.items) {
     const of = row(run.workflow_id);
     if (holdsSlot(run)) of.holder = run;
-    else of[run.status].push(run);
+    else of[run.status] += 1;
   }
   for (const run of recent.items) row(run.workflow_id).results.push(run);
   const definitions = new Map(workflows.items.map((workflow) => [workflow.id, workflow]));

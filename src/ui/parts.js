@@ -33,7 +33,7 @@ export function button(text, onclick, { kind = '', title, disabled, why, label, 
 
 /** The last results, oldest first: height is how long they took, colour and shape how they ended. */
 export function strip(runs, size = 20) {
-  const took = runs.map((run) => (run.started_at && run.finished_at ? secondsBetween(run.started_at, run.finished_at) : 0));
+  const took = runs.map((run) => run.seconds ?? (run.started_at && run.finished_at ? secondsBetween(run.started_at, run.finished_at) : 0));
   const longest = Math.max(...took, 0.001);
   const cells = runs.slice(0, size).map((run, at) => {
     const height = 6 + Math.round(16 * Math.sqrt(took[at] / longest));

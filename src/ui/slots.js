@@ -10,11 +10,13 @@ import { badge, reason, shape } from './status.js';
 
 /** Rows that are drawn at once. */
 const PAGE = 60;
+/** Silence of a worker at which its bar is empty, in seconds: the heartbeat timeout, where nobody set another one. */
+const SILENCE = 60;
 
 const SHOW = {
   all: ['All', () => true],
   taken: ['Taken', (row) => row.holder],
-  waiting: ['Somebody waits', (row) => row.waiting.length],
+  waiting: ['Somebody waits', (row) => row.waiting],
   failing: ['Failing', (row) => row.results[0] && ['failed', 'timed_out', 'stale'].includes(row.results[0].status)],
   paused: ['Paused', (row) => row.pause],
 };
@@ -29,7 +31,7 @@ export function slots(params, redraw) {
   const remember = () => history.replaceState(null, '', link('', { show: show === 'all' ? null : show, q: text }));
   const shown = () => {
     const rows = known.rows.filter((row) => SHOW[show][1](row) && row.id.toLowerCase().includes(text.toLowerCase()));
-    const rank = (row) => (row.holder ? 0 : row.waiting.length ? 1 : 2);
+    const rank = (row) => (row.holder ? 0 : row.waiting ? 1 : 2);
     return rows.sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
   };
   const fresh = async () => {
@@ -83,7 +85,7 @@ function slotRow(row, open, redraw) {
   return h('div.tr', { role: 'row', key: row.id, 'data-row': true, class: row.holder ? 'held' : '' },
     cell('name', h('a.name', { href: workflowLink(row.id), 'data-open': true }, row.id), row.pause ? pausedBadge(`Paused by ${row.pause.paused_by}${row.pause.reason ? `: ${row.pause.reason}` : ''}`) : null),
     cell('slot', slot(row, typical)),
-    cell('waiting', row.waiting.length ? h('a', { href: link('runs', { workflow_id: row.id, status: 'waiting' }), title: plural(row.waiting.length, 'run waits', 'runs wait') }, number(row.waiting.length)) : h('span.muted', null, '0'), row.scheduled.length ? h('span.muted.later', { title: plural(row.scheduled.length, 'run is', 'runs are') + ' scheduled' }, shape('scheduled'), number(row.scheduled.length)) : null),
+    cell('waiting', row.waiting ? h('a', { href: link('runs', { workflow_id: row.id, status: 'waiting' }), title: plural(row.waiting, 'run waits', 'runs wait') }, number(row.waiting)) : h('span.muted', null, '0'), row.scheduled ? h('span.muted.later', { title: plural(row.scheduled, 'run is', 'runs are') + ' scheduled' }, shape('scheduled'), number(row.scheduled)) : null),
     cell('strip', strip(row.results)),
     cell('rate', rate === null ? h('span.muted', null, '–') : h('span', { title: `of the last ${judged} that ended by themselves`, class: rate < 0.5 ? 'bad' : '' }, percent(rate))),
     cell('typical', spark(row.results), h('span', null, duration(typical))),
@@ -100,14 +102,21 @@ function slot(row, typical) {
   const share = typical && running ? age(since) / typical : null;
   return h('div.slot', null,
     h('div', null, badge(run.status), ' ', h('a', { href: runLink(run.id) }, time(since, 'since'))),
+    lease(run),
     share === null ? (run.reason ? h('span.muted.small', null, reason(run.reason)) : null) : meter(share, share > 1 ? `longer than usual, which is ${duration(typical)}` : `usually takes ${duration(typical)}`, share > 1.5 ? 'over' : ''));
+}
+
+/** How fresh the lease is: full when its worker has just said that it lives. */
+function lease({ heartbeat_age_seconds: silence }) {
+  if (typeof silence !== 'number') return null;
+  return meter(1 - silence / SILENCE, `last heartbeat ${duration(silence)} ago`, silence > SILENCE / 2 ? 'lease over' : 'lease');
 }
 
 /** What a request would be told now, and what one can do about it. */
 function answer(row) {
   const run = row.holder;
   const { typical } = figures(row.results);
-  const end = typical && run.started_at ? new Date(Date.parse(run.started_at) + typical * 1000).toISOString() : null;
+  const end = run.expected_end_at ?? (typical && run.started_at ? new Date(Date.parse(run.started_at) + typical * 1000).toISOString() : null);
   return h('div.would', { key: `${row.id}?`, role: 'row' }, h('div', { role: 'cell' },
     h('p', null, 'A request now is answered ', h('code', null, '409 slot-taken'), ' with ', h('code', null, `"run_id": "${run.id}"`), ', unless it asks to wait.'),
     h('p.muted', null, badge(run.status), ' requested by ', h('b', null, run.requested_by), ' ', time(run.created_at), run.worker ? [' · on ', h('b', null, run.worker)] : null, run.attempt > 1 ? ` · attempt ${run.attempt} of ${run.max_attempts}` : null, end ? [' · ', expectation(end)] : null),

@@ -16,7 +16,7 @@ export function workers() {
         if (error instanceof Refused && error.status === 404) return null;
         throw error;
       };
-      const [page, known] = await Promise.all([everything(api.runs, { status: 'running' }), api.workers().catch(older)]);
+      const [page, known] = await Promise.all([everything(api.runs, { status: 'running' }), everything(api.workers).catch(older)]);
       [running, seen] = [page.items, known?.items ?? null];
     },
     view() {
