@@ -24,6 +24,7 @@ mod problem;
 mod refusals;
 mod runs;
 mod schedules;
+mod slots;
 mod usage;
 mod workflows;
 
@@ -220,6 +221,8 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(to(Read, routes!(runs::refusals)))
         .routes(to(Read, routes!(runs::logs)))
         .routes(to(Read, routes!(events::follow)))
+        .routes(to(Read, routes!(slots::list)))
+        .routes(to(Read, routes!(slots::workers)))
         // workers in any language
         .routes(to(Work, routes!(claims::claim)))
         .routes(to(Work, routes!(leases::heartbeat)))

@@ -94,7 +94,7 @@ impl Enqueuer {
                 sleep(MOMENT).await;
                 found
             }
-            Err(_) => Some(Err(Arc::new(Error::Full))),
+            Err(unasked) => Some(Err(unasked.into())),
         }
     }
 
@@ -113,7 +113,9 @@ impl Enqueuer {
         let answer = answer.unwrap_or(Ok(Enqueued::Contended));
         match &answer {
             Err(error) if matches!(**error, Error::Busy(_)) => self.block(workflow_id),
-            _ => drop(self.blocked().remove(workflow_id)),
+            // Only who wrote knows that the lock is gone.
+            Ok(Enqueued::Accepted(_)) => drop(self.blocked().remove(workflow_id)),
+            _ => {}
         }
         answer
     }
@@ -158,6 +160,8 @@ impl Enqueuer {
                     _ => answer.clone(),
                 };
                 let all = matches!(&answer, None | Some(Err(_)));
+                // What is wrong with one request is not the others' fault.
+                let alone = alone || matches!(&answer, Some(Err(error)) if !error.is_passing());
                 let alike = |other: &Asked<Arc<Request>, _>| !alone && (all || other.item.on_conflict == *on_conflict);
                 let (told, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(others).into_iter().partition(alike);
                 *others = left;

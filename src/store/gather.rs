@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::PgConnection;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::timeout_at;
 
 use super::{Db, Error};
 use crate::metrics::METRICS;
@@ -87,7 +88,8 @@ impl<T, A> Gather<T, A> {
             }
             waiting.queue.push_back(Asked { item, answer });
             self.some.notify_one();
-            if waiting.is_for_two() {
+            // The first that waits may wait for long, and then it is the second flight's.
+            if waiting.is_for_two() || waiting.sent.is_some() && waiting.queue.len() == 1 {
                 self.many.notify_one();
             }
         }
@@ -100,19 +102,25 @@ impl<T, A> Gather<T, A> {
             self.waiting().sent = None;
         }
         loop {
-            {
+            let held_up_at = {
                 let mut waiting = self.waiting();
                 let some = waiting.queue.len().min(limit);
                 if some > 0 && (flight == Flight::First || waiting.is_for_two()) {
                     if flight == Flight::First {
                         waiting.sent = Some(Instant::now());
                     }
-                    return waiting.queue.drain(..some).collect();
+                    let taken = waiting.queue.drain(..some).collect();
+                    if !waiting.queue.is_empty() {
+                        self.many.notify_one();
+                    }
+                    return taken;
                 }
-            }
-            match flight {
-                Flight::First => self.some.notified().await,
-                Flight::Second => self.many.notified().await,
+                waiting.sent.filter(|_| some > 0).map(|sent| sent + HELD_UP)
+            };
+            match (flight, held_up_at) {
+                (Flight::First, _) => self.some.notified().await,
+                (Flight::Second, None) => self.many.notified().await,
+                (Flight::Second, Some(at)) => drop(timeout_at(at.into(), self.many.notified()).await),
             }
         }
     }
@@ -133,7 +141,13 @@ impl<T: Clone, A> Gather<T, Result<A, Arc<Error>>> {
             while let Some(piece) = pieces.pop() {
                 METRICS.batch_size.with_label_values(&[kind]).observe(piece.len() as f64);
                 let items: Vec<T> = piece.iter().map(|asked| asked.item.clone()).collect();
-                match db.with(async |connection| send(connection, &items).await).await {
+                let sent = db.with(async |connection| {
+                    let answers = send(connection, &items).await?;
+                    // Or somebody would be given another's answer.
+                    let wrong = format!("{} answers to {} entries", answers.len(), items.len());
+                    if answers.len() == items.len() { Ok(answers) } else { Err(sqlx::Error::Protocol(wrong)) }
+                });
+                match sent.await {
                     Ok(answers) => piece.into_iter().zip(answers).for_each(|(asked, answer)| asked.answer(Ok(answer))),
                     // One that the database refuses, or that waits for somebody, must not keep the others.
                     Err(error @ (Error::Refused(_) | Error::Busy(_))) if piece.len() > 1 => {
@@ -154,7 +168,7 @@ impl<T: Clone, A> Gather<T, Result<A, Arc<Error>>> {
 
 impl<T, A> Waiting<T, A> {
     fn is_for_two(&self) -> bool {
-        self.sent.is_some_and(|sent| self.queue.len() >= MANY || sent.elapsed() > HELD_UP)
+        self.sent.is_some_and(|sent| self.queue.len() >= MANY || sent.elapsed() >= HELD_UP)
     }
 }
 

@@ -33,6 +33,7 @@ pub mod schedules;
 mod servers;
 pub mod settle;
 pub mod settler;
+pub mod slots;
 pub mod workers;
 pub mod workflows;
 

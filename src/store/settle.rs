@@ -33,14 +33,12 @@ pub async fn settle<'a>(
     actor: impl Into<Option<&'a str>>,
 ) -> sqlx::Result<Vec<Settled>> {
     let actor = actor.into();
-    let mut answers = attempt(connection, outcomes, actor).await?;
+    let (mut answers, unsure) = attempt(connection, outcomes, actor).await?;
     // A run that was changed while the statement began, perhaps by its own first record, is seen as it is now, and what is said of its
     // attempts as it was then. A new statement sees both.
-    let unsure = |index: &usize| matches!(answers[*index], Settled::Lost(Some(_)));
-    let unsure: Vec<usize> = (0..outcomes.len()).filter(unsure).collect();
     if !unsure.is_empty() {
         let again: Vec<_> = unsure.iter().map(|&index| outcomes[index].clone()).collect();
-        for (index, answer) in unsure.into_iter().zip(attempt(connection, &again, actor).await?) {
+        for (index, answer) in unsure.into_iter().zip(attempt(connection, &again, actor).await?.0) {
             answers[index] = answer;
         }
     }
@@ -59,12 +57,12 @@ pub async fn settle<'a>(
     Ok(answers)
 }
 
-/// One statement over all of `outcomes`.
+/// One statement over all of `outcomes`; and of which of them another one may say something else.
 async fn attempt(
     connection: &mut PgConnection,
     outcomes: &[(Lease, Outcome)],
     actor: Option<&str>,
-) -> sqlx::Result<Vec<Settled>> {
+) -> sqlx::Result<(Vec<Settled>, Vec<usize>)> {
     #[cfg(feature = "unfenced")]
     let outcomes = &under_any_lease(connection, outcomes).await?;
     let run_ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
@@ -93,7 +91,7 @@ async fn attempt(
     )
     .fetch_all(connection)
     .await?;
-    let mut answers = vec![Settled::Lost(None); outcomes.len()];
+    let (mut answers, mut unsure) = (vec![Settled::Lost(None); outcomes.len()], vec![false; outcomes.len()]);
     // As they were found, and over that what was settled.
     rows.sort_by_key(|row| row.recorded);
     for row in rows {
@@ -102,10 +100,14 @@ async fn attempt(
             (true, _, Some(status)) => Settled::Recorded(status),
             (_, true, Some(status)) => Settled::Already(status),
             (.., None) => Settled::Busy,
+            // Changed before we had it, by somebody who left the lease alone.
+            _ if row.held => Settled::Busy,
             (.., status) => Settled::Lost(status),
         };
+        unsure[place] = !row.recorded && (row.held || matches!(answers[place], Settled::Lost(Some(_))));
     }
-    Ok(answers)
+    let unsure = (0..outcomes.len()).filter(|&index| unsure[index]).collect();
+    Ok((answers, unsure))
 }
 
 /// The control of the fault suite: every end is taken as if it were said under the lease of the moment.

@@ -76,7 +76,9 @@ impl Settler {
 impl From<Unasked> for Arc<Error> {
     fn from(unasked: Unasked) -> Self {
         Self::new(match unasked {
-            Unasked::Full | Unasked::Gone => Error::Full,
+            Unasked::Full => Error::Full,
+            // Whoever had it may have sent it.
+            Unasked::Gone => Error::TimedOut,
         })
     }
 }

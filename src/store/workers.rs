@@ -81,3 +81,54 @@ pub async fn sweep(connection: &mut PgConnection, limit: i64) -> sqlx::Result<u6
     .await?;
     Ok(done.rows_affected())
 }
+
+/// Who asks for runs, or has some.
+#[derive(Clone, Debug, serde::Serialize, utoipa::ToSchema)]
+pub struct Worker {
+    /// As in `worker` of its runs.
+    pub name: String,
+    /// The kinds of runs it takes.
+    pub executor_types: Vec<String>,
+    /// The queues it serves; null for all.
+    pub queues: Option<Vec<String>>,
+    /// The workflows, or definitions, it takes runs of; null for all.
+    pub workflows: Option<Vec<String>>,
+    /// The version of the service that it is, or claims through.
+    pub version: Option<String>,
+    /// When it last asked for runs, or had a heartbeat of one, to within half a minute.
+    pub seen_at: chrono::DateTime<chrono::Utc>,
+    /// Runs that it has.
+    pub running: i64,
+}
+
+/// At most `limit` workers that come after `after`, by name. Of their runs those count whose workflow `bound`, a regular expression of Postgres,
+/// matches.
+pub async fn list(
+    connection: &mut PgConnection,
+    bound: Option<&str>,
+    after: Option<&str>,
+    limit: i64,
+) -> sqlx::Result<Vec<Worker>> {
+    sqlx::query_as!(
+        Worker,
+        r#"
+        with holding as (
+            select worker, count(*) as running
+            from test_runs
+            where status = 'running' and workflow_id ~ coalesce($1, '')
+            group by worker
+        )
+        select w.name, w.executor_types, w.queues, w.workflows, w.version, w.seen_at, coalesce(h.running, 0) as "running!"
+        from workers w
+        left join holding h on h.worker = w.name
+        where w.name > coalesce($2, '')
+        order by w.name
+        limit $3
+        "#,
+        bound,
+        after,
+        limit,
+    )
+    .fetch_all(connection)
+    .await
+}

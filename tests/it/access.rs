@@ -17,6 +17,7 @@ use crate::support::eventually;
 use crate::support::plant;
 use crate::support::process::{Process, singletrack};
 use crate::support::replica::{Answer, Client, Replica, short_lease};
+use crate::support::sse::Stream;
 
 /// An address that is not loopback and that this machine can listen on.
 const EVERYWHERE: &str = "0.0.0.0:0";
@@ -317,4 +318,23 @@ async fn a_name_that_leads_here_gets_in_by_no_made_up_key_while_none_is_asked_fo
     let request = replica.client.having(&key).request(Method::GET, "/api/v1/runs").header("Host", "evil.example");
     let refused = Answer::of(request).await.unwrap();
     assert_eq!((refused.status, refused.cause()), (403, "host-not-allowed"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_tells_a_bound_key_of_its_own_workflows_and_ends_with_the_key() {
+    let test = TestDb::new().await;
+    let boss = key(&test, "boss", &[Scope::Admin], None).await;
+    let bound = key(&test, "bound", &[Scope::Read], Some(&["own*"])).await;
+    let replica = Replica::api_only(&test).await;
+    let mut stream = Stream::begun(&replica.client.having(&bound), "/api/v1/events").await;
+    plant::run(&test, "foreign", Status::Queued).await;
+    let own = plant::run(&test, "own@a", Status::Queued).await;
+    let told = stream.next().await.unwrap();
+    assert_eq!(told.data["run_id"], json!(own.run_id), "{told:?}");
+    sqlx::query("update api_keys set revoked_at = now(), revoked_by = 'test' where name = 'bound'")
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(stream.next().await, None, "whoever is not let in any more is told nothing more");
+    drop(boss);
 }

@@ -60,6 +60,8 @@ const TABLE: &[(&str, Option<Scope>, About)] = &[
     ("get /api/v1/runs/{id}/refusals", Some(Read), One),
     ("get /api/v1/runs/{id}/logs", Some(Read), One),
     ("get /api/v1/events", Some(Read), Nothing),
+    ("get /api/v1/slots", Some(Read), Many),
+    ("get /api/v1/workers", Some(Read), Nothing),
     ("post /api/v1/claims", Some(Work), Many),
     ("post /api/v1/leases/heartbeat", Some(Work), Nothing),
     ("post /api/v1/leases/release", Some(Work), Nothing),

@@ -88,6 +88,9 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
         let said = if *lease == unsayable { json!("\0") } else { json!({"at": lease.fence}) };
         reports.renew(vec![(*lease, Some(said))]).await.map(|renewals| renewals[0])
     };
+    // Some twice: a heartbeat whose answer was lost is sent again.
+    let twice: Vec<Lease> = leases[..50].iter().chain(&leases).copied().collect();
+    let leases = twice;
     let renewals = join_all(leases.iter().map(beat)).await;
     for (lease, renewal) in leases.iter().zip(renewals) {
         let expected = match lease {
@@ -107,6 +110,7 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
     assert!(number(&test, "select count(distinct xmin::text) from run_leases").await < 50);
     open.rollback().await.unwrap();
 
+    let leases = leases[50..].to_vec();
     let chunk = LogChunk { stream: Stream::Stdout, text: "a line\n".into() };
     let piece = async |lease: &Lease| reports.print_piece(Piece { lease: *lease, seq: 1, chunk: chunk.clone() }).await;
     let held: Vec<bool> = join_all(leases.iter().map(piece)).await.into_iter().map(|held| held.unwrap()).collect();

@@ -80,6 +80,7 @@ mod schedules;
 mod schema;
 mod settings;
 mod shutdown;
+mod slots;
 mod sqlx_data;
 mod standby;
 mod storm;

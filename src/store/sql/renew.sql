@@ -11,7 +11,7 @@ held as materialized (
 locked as materialized (
     select l.run_id
     from run_leases l
-    join held h on h.id = l.run_id
+    where l.run_id in (select id from held)
     order by l.run_id -- two batches that lock in different orders deadlock
     for update of l skip locked
 ),
@@ -22,7 +22,8 @@ renewed as (
         -- What the attempt before left there is not this one's.
         progress = coalesce(h.progress, case when l.fence = h.fence then l.progress end),
         held_until = case when l.fence = h.fence then l.held_until end
-    from held h
+    -- A lease may have been brought twice, by a heartbeat that was sent again: what it last said counts.
+    from (select distinct on (id) * from held order by id, progress is null, position desc) h
     join locked k on k.run_id = h.id
     where l.run_id = h.id and l.fence <= h.fence -- a larger one is the reaper's: it shut this claim out meanwhile
     returning l.run_id, l.held_until
@@ -30,10 +31,10 @@ renewed as (
 -- The first renewal of a run. Where somebody else was faster, the next one tells.
 begun as (
     insert into run_leases (run_id, fence, heartbeat_at, progress)
-    select id, fence, now(), progress
+    select distinct on (id) id, fence, now(), progress
     from held h
     where not exists (select from run_leases l where l.run_id = h.id)
-    order by id
+    order by id, progress is null, position desc
     on conflict do nothing
     returning run_id
 )

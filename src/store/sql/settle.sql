@@ -89,7 +89,7 @@ recorded as (
     from settled
 )
 -- What was settled, and how each was found. One without a status is locked, one that does not exist is not there.
-select position as "position!", true as "recorded!", becomes as "status?: Status", false as "already!"
+select position as "position!", true as "recorded!", becomes as "status?: Status", false as "already!", false as "held!"
 from settled
 union all
 select position, false, status,
@@ -98,6 +98,7 @@ select position, false, status,
            select
            from run_attempts a
            where a.run_id = h.run_id and a.fence = h.fence and a.lease_secret = h.secret and a.verdict = h.said
-       )
+       ),
+       coalesce(is_held, false)
 from held h
 where status is not null or exists (select from test_runs r where r.id = h.run_id)

@@ -1,0 +1,56 @@
+//! What is there at a glance: slots, and who asks for runs.
+
+use axum::extract::State;
+
+use super::auth::Caller;
+use super::extract::Params;
+use super::page::{Page, Wanted};
+use super::problem::Problem;
+use crate::store::slots::Slot;
+use crate::store::workers::Worker;
+use crate::store::{Db, slots, workers};
+
+/// Slots
+///
+/// One per workflow id and instance, in the order of their ids: who has it, who waits, how the last 20 runs went. What a 409 would say.
+#[utoipa::path(
+    get, path = "/api/v1/slots", operation_id = "list_slots", tag = "runs",
+    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<Slot>), (status = 400, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn list(
+    State(db): State<Db>,
+    caller: Caller,
+    mut params: Params,
+) -> Result<axum::Json<Page<Slot>>, Problem> {
+    let bound = caller.bound();
+    let wanted = Wanted::<String>::take(&mut params, &("slots", &bound))?;
+    params.finish(&["limit", "cursor"])?;
+    let (after, rows) = (wanted.after.as_deref(), wanted.rows());
+    let found = db.with(async |connection| slots::list(connection, bound.as_deref(), after, rows).await).await?;
+    Ok(axum::Json(wanted.page(found, |slot| slot.workflow_id.clone())))
+}
+
+/// Workers
+///
+/// Replicas and pull workers that asked for runs within the last day, and did not say that they stop: what they take, and when they
+/// were seen. `running` are runs that they have, of those that the key may see.
+#[utoipa::path(
+    get, path = "/api/v1/workers", operation_id = "list_workers", tag = "workers",
+    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
+           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    responses((status = 200, body = Page<Worker>), (status = 400, body = Problem), (status = 422, body = Problem),
+              (status = 503, body = Problem)))]
+pub(super) async fn workers(
+    State(db): State<Db>,
+    caller: Caller,
+    mut params: Params,
+) -> Result<axum::Json<Page<Worker>>, Problem> {
+    let bound = caller.bound();
+    let wanted = Wanted::<String>::take(&mut params, &("workers", &bound))?;
+    params.finish(&["limit", "cursor"])?;
+    let (after, rows) = (wanted.after.as_deref(), wanted.rows());
+    let found = db.with(async |connection| workers::list(connection, bound.as_deref(), after, rows).await).await?;
+    Ok(axum::Json(wanted.page(found, |worker| worker.name.clone())))
+}
