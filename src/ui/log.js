@@ -29,6 +29,7 @@ export function log(runId, { line, isOver }) {
   let drawn = false;
   let over = false;
   let placed = false;
+  let top = 0;
 
   const scroller = h('div.lines', { tabindex: 0, role: 'log', 'aria-label': 'Log', 'aria-live': 'off', onscroll: scrolled });
   const spacer = h('div.spacer');
@@ -84,7 +85,7 @@ export function log(runId, { line, isOver }) {
     scroller.dataset.lines = lines.length;
     follow.setAttribute('aria-pressed', String(following));
     if (following) scroller.scrollTop = scroller.scrollHeight;
-    else if (marked && !placed && marked <= lines.length) {
+    else if (marked && !placed && marked <= lines.length && scroller.clientHeight) {
       placed = true;
       scroller.scrollTop = Math.max(0, marked * LINE - scroller.clientHeight / 2);
     }
@@ -143,7 +144,10 @@ export function log(runId, { line, isOver }) {
 
   function scrolled() {
     const atEnd = scroller.scrollTop + scroller.clientHeight >= scroller.scrollHeight - LINE;
-    if (following !== atEnd && lines.length) following = atEnd && !marked;
+    // What is added moves the end away; only whoever goes up does not want to stay there.
+    if (scroller.scrollTop < top - 1) following = false;
+    else if (atEnd && lines.length && !marked) following = true;
+    top = scroller.scrollTop;
     changed();
   }
 

@@ -44,6 +44,7 @@ export function run(id, params) {
       this.title = `${it.workflow_id} ${word(it.status)}`;
     },
     view() {
+      printed.draw();
       return [
         header(),
         why(it, pause),

@@ -31,7 +31,8 @@ impl Browser {
             return None;
         };
         let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
-        let port = lines.find_map(|line| line.ok()?.split("on port ").nth(1)?.trim_end_matches('.').parse().ok());
+        let port =
+            lines.find_map(|line| line.ok()?.split("successfully on port ").nth(1)?.trim_end_matches('.').parse().ok());
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let mut browser = Self { driver, port: port.expect("chromedriver starts"), session: String::new(), http };
         // Its own sandbox needs an account other than root; what is shown here is our own.
