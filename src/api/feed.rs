@@ -188,8 +188,8 @@ mod tests {
     #[test]
     fn listeners_beyond_the_limit_are_refused_until_one_leaves() {
         let feed = Feed::default();
-        let mut places: Vec<_> = (0..LISTENERS).map(|_| feed.place().unwrap()).collect();
-        let refused = feed.place().unwrap_err();
+        let mut places: Vec<_> = (0..LISTENERS).map(|_| feed.place().expect("a place")).collect();
+        let refused = feed.place().expect_err("no place");
         assert_eq!((refused.status().as_u16(), refused.cause()), (503, "too-many-listeners"));
         places.pop();
         assert!(feed.place().is_ok());

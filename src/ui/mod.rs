@@ -111,8 +111,8 @@ mod tests {
     fn every_file_of_the_folder_is_served_and_none_is_long() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/ui");
         let mut names: Vec<_> = std::fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .expect("it is there")
+            .map(|entry| entry.expect("it is there").file_name().into_string().expect("it is there"))
             .filter(|name| !name.ends_with(".rs"))
             .collect();
         names.sort();
@@ -139,9 +139,9 @@ mod tests {
         let file = &FILES[0];
         let mut headers = HeaderMap::new();
         assert_eq!(file.answer(&headers).status(), 200);
-        headers.insert(header::IF_NONE_MATCH, format!("\"x\", W/{}", file.etag()).parse().unwrap());
+        headers.insert(header::IF_NONE_MATCH, format!("\"x\", W/{}", file.etag()).parse().expect("it is there"));
         assert_eq!(file.answer(&headers).status(), 304);
-        headers.insert(header::IF_NONE_MATCH, "\"x\"".parse().unwrap());
+        headers.insert(header::IF_NONE_MATCH, "\"x\"".parse().expect("it is there"));
         assert_eq!(file.answer(&headers).status(), 200);
     }
 }
