@@ -220,6 +220,7 @@ async fn start_postgres(config: &Config) -> anyhow::Result<Postgres> {
 fn greet(config: &Config, listener: &std::net::TcpListener, postgres: Option<&Postgres>) -> anyhow::Result<()> {
     let url = config.public_url.clone().unwrap_or(format!("http://{}", listener.local_addr()?));
     println!("API       {url}/api/v1   (described in {url}/openapi.json)");
+    println!("Dashboard {url}/");
     match postgres {
         Some(postgres) => {
             println!("Database  {}", postgres.psql("postgres"));
