@@ -10,6 +10,8 @@ use axum::response::{IntoResponse as _, Response};
 use tokio::sync::Mutex;
 
 use super::Api;
+use super::auth::Caller;
+use super::problem::Problem;
 use crate::metrics::{MEDIA_TYPE, METRICS, render};
 use crate::store::depth::depth;
 
@@ -29,15 +31,17 @@ pub(super) struct Asked(Arc<Mutex<Option<Instant>>>);
 /// left out while it does not answer.
 #[utoipa::path(get, path = "/metrics", operation_id = "metrics", tag = "machines",
     responses((status = 200, body = String, content_type = "text/plain")))]
-pub(super) async fn serve(State(api): State<Api>) -> Response {
+pub(super) async fn serve(State(api): State<Api>, caller: Caller) -> Result<Response, Problem> {
+    // Sums of all workflows are not for who may see some of them.
+    caller.check_unbound()?;
     ask(&api).await;
-    match render() {
+    Ok(match render() {
         Ok(text) => ([(header::CONTENT_TYPE, MEDIA_TYPE)], text).into_response(),
         Err(error) => {
             tracing::error!(%error, "can't render the metrics");
             StatusCode::INTERNAL_SERVER_ERROR.into_response()
         }
-    }
+    })
 }
 
 /// Asks the database and the pools.

@@ -3,7 +3,7 @@
 import { Away, api } from './api.js';
 import { PLAIN, dress, pieces, plain } from './ansi.js';
 import { h } from './dom.js';
-import { absolute, clock, number } from './format.js';
+import { absolute, clock, number, plural } from './format.js';
 import { stream } from './live.js';
 import { button, icon, runLink } from './parts.js';
 
@@ -81,7 +81,7 @@ export function log(runId, { line, isOver }) {
 
   function draw() {
     spacer.style.height = `${lines.length * LINE}px`;
-    count.textContent = `${number(lines.length)} lines`;
+    count.textContent = plural(lines.length, 'line');
     scroller.dataset.lines = lines.length;
     follow.setAttribute('aria-pressed', String(following));
     if (following) scroller.scrollTop = scroller.scrollHeight;

@@ -33,7 +33,7 @@ const TABLE: &[(&str, Option<Scope>, About)] = &[
     ("get /livez", None, Nothing),
     ("get /readyz", None, Nothing),
     ("get /openapi.json", None, Nothing),
-    ("get /metrics", Some(Read), Nothing),
+    ("get /metrics", Some(Read), All),
     ("post /api/v1/leases/finish", None, Nothing),
     ("get /api/v1/workflows", Some(Read), Many),
     ("get /api/v1/workflows/{id}", Some(Read), One),
