@@ -96,8 +96,8 @@ pub async fn after(connection: &mut PgConnection, after: Position, limit: i64) -
     let rows = sqlx::query_file!("src/store/sql/events.sql", after.xid.to_string(), after.seq, limit)
         .fetch_all(connection)
         .await?;
-    let horizon = rows.first().map(|row| (row.horizon, row.held_back_seconds, row.forgotten));
-    let (xid, held_back, forgotten) = horizon.unwrap_or((after.xid, None, false));
+    let horizon = rows.first().map(|row| (row.horizon, row.next, row.held_back_seconds, row.forgotten));
+    let (xid, next, held_back, forgotten) = horizon.unwrap_or((after.xid, after.xid, None, false));
     let last = rows.last().and_then(|row| Some(Position { xid: row.xid?, seq: row.seq? }));
     let full = last.is_some() && i64::try_from(rows.len()).is_ok_and(|read| read >= limit);
     let changes: Vec<_> = rows
@@ -127,7 +127,8 @@ pub async fn after(connection: &mut PgConnection, after: Position, limit: i64) -
         full,
         held_back: held_back.map(|seconds| Duration::from_secs_f64(seconds.max(0.0))),
         forgotten,
-        foreign: after.xid > xid,
+        // The horizon may be before a position it was at: what ends in another database just now counts as ours for a moment.
+        foreign: after.xid > next,
     })
 }
 

@@ -16,6 +16,7 @@ told as (
     left join lateral (select workflow_id, definition, queue from test_runs where id = p.run_id offset 0) r on true
 )
 select h.xmin::text::bigint as "horizon!",
+       pg_snapshot_xmax(pg_current_snapshot())::text::bigint as "next!",
        (select extract(epoch from now() - e.at)::float8
         from run_events e
         where e.xid >= h.xmin
