@@ -1,6 +1,7 @@
 //! Every change of a run's status as it happens: server-sent events.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,10 +9,10 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse as _, Response};
-use futures_util::stream;
-use tokio::sync::OwnedSemaphorePermit;
+use futures_util::{StreamExt as _, stream};
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::Api;
@@ -119,12 +120,31 @@ pub(super) fn begin() -> Event {
     Event::default().retry(RETRY)
 }
 
-/// A stream of events as an answer, which nobody on the way is to keep. It ends when the caller's key does.
+/// Events that were written for a listener and not yet sent to it.
+const WRITTEN: usize = 16;
+
+/// A stream of events as an answer, which nobody on the way is to keep. It ends when the caller's key does, or the replica.
+///
+/// What writes it is a task of its own. As a part of the answer it would stand still while the client does not read, with whatever it
+/// has just then: a connection, or its turn at a lock that everybody needs.
 pub(super) fn answer(api: Api, caller: Caller, events: impl stream::Stream<Item = Event> + Send + 'static) -> Response {
-    use futures_util::StreamExt as _;
-    let refused = async move { api.keys.until_refused(&api.db, &caller).await };
-    let events = events.take_until(Box::pin(refused));
-    let mut response = Sse::new(events.map(Ok::<_, std::convert::Infallible>)).into_response();
+    let (written, mut taken) = mpsc::channel(WRITTEN);
+    tokio::spawn(async move {
+        let writing = async {
+            let mut events = pin!(events);
+            while let Some(event) = events.next().await
+                && written.send(event).await.is_ok()
+            {}
+        };
+        tokio::select! {
+            () = writing => {}
+            () = written.closed() => {}
+            () = api.draining.cancelled() => {}
+            () = api.keys.until_refused(&api.db, &caller) => {}
+        }
+    });
+    let taken = stream::poll_fn(move |context| taken.poll_recv(context));
+    let mut response = Sse::new(taken.map(Ok::<_, std::convert::Infallible>)).into_response();
     response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
     response
@@ -181,10 +201,8 @@ impl Listener {
             if self.ended {
                 return None;
             }
-            let api = self.api.clone();
             tokio::select! {
                 biased;
-                () = api.draining.cancelled() => return None,
                 () = sleep_until(self.quiet_until) => self.pending.push_back(self.heartbeat()),
                 () = self.advance() => {}
             }

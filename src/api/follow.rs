@@ -138,7 +138,6 @@ impl Follower {
             let api = self.api.clone();
             tokio::select! {
                 biased;
-                () = api.draining.cancelled() => return None,
                 () = sleep_until(self.quiet_until) => {
                     self.pending.push_back(Event::default().comment("nothing new"));
                     self.source.look_again();

@@ -207,6 +207,9 @@ async fn a_listener_that_does_not_read_is_dropped_and_may_come_back() {
     let replica = Replica::api_only(&test).await;
     let mut stream = Stream::begun(&replica.client, ALL).await;
     let mut quick = Stream::begun(&replica.client, ALL).await;
+    // From here on they are told, and need not read for themselves what they may have missed while they came.
+    plant::run(&test, "first", Status::Queued).await;
+    assert_eq!(stream.some(1).await, quick.some(1).await);
     // More than sockets and backlog hold.
     sqlx::query(
         "insert into run_events (run_id, to_status, attempt, fence, actor, reason)
@@ -224,6 +227,10 @@ async fn a_listener_that_does_not_read_is_dropped_and_may_come_back() {
             event => all.push(event),
         }
     }
+    // It may also have read from the database what is yet to be said to those who listen: that must be over as well.
+    let mut late = Stream::begun(&replica.client, ALL).await;
+    plant::run(&test, "late", Status::Queued).await;
+    late.some(1).await;
     let told = stream.rest().await;
     let (last, before) = told.split_last().unwrap();
     assert_eq!(last.name, "dropped");
