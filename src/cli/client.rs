@@ -4,8 +4,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
-use reqwest::{Method, RequestBuilder, redirect};
+use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
+use reqwest::{Method, RequestBuilder, Response, redirect};
 use serde_json::Value;
 use url::{Host, Url};
 
@@ -16,6 +16,10 @@ const DEFAULT_URL: &str = "http://127.0.0.1:7410";
 /// How long the service may take to let somebody in, and to answer a call that does not wait for anything.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a stream may last; whoever reads it comes back.
+const STREAM_TIMEOUT: Duration = Duration::from_hours(24);
+/// Entries of a page of a list.
+const PAGE: usize = 200;
 
 /// Where the service is. The key has no flag: everybody on a machine sees the flags of its processes.
 #[derive(Args, Debug)]
@@ -34,7 +38,16 @@ pub(super) enum Failure {
     /// The service does not let us.
     #[error("{0}")]
     Unauthorised(String),
-    /// It was not reached, or it refused.
+    /// The slot is taken or its workflow is paused, and nothing was enqueued.
+    #[error("{0}")]
+    Conflict(String),
+    /// Nobody was there; nothing was sent.
+    #[error("{0}")]
+    Unreached(String),
+    /// No answer came; whether the request did, nobody knows.
+    #[error("{0}")]
+    NoAnswer(String),
+    /// It refused.
     #[error("{0}")]
     Failed(String),
 }
@@ -44,8 +57,9 @@ impl Failure {
     pub(super) fn code(&self) -> ExitCode {
         ExitCode::from(match self {
             Self::Usage(_) => USAGE,
+            Self::Conflict(_) => 3,
             Self::Unauthorised(_) => 4,
-            Self::Failed(_) => 1,
+            Self::Unreached(_) | Self::NoAnswer(_) | Self::Failed(_) => 1,
         })
     }
 }
@@ -58,12 +72,19 @@ pub(super) struct Client {
 }
 
 /// What it answered.
-struct Answer {
-    status: u16,
+pub(super) struct Answer {
+    pub(super) status: u16,
     is_problem: bool,
     /// Null where it is not JSON.
-    body: Value,
+    pub(super) body: Value,
     location: Option<String>,
+}
+
+impl Answer {
+    /// The cause of a problem; none where the answer is no problem of this service.
+    pub(super) fn problem(&self) -> Option<&str> {
+        self.body["type"].as_str()?.strip_prefix("urn:singletrack:problem:").filter(|_| self.is_problem)
+    }
 }
 
 impl Connection {
@@ -118,56 +139,146 @@ impl Client {
     /// What is at `path`, below `/api/v1`; `None` where the service has no such thing.
     pub(super) async fn get(&self, path: &str) -> Result<Option<Value>, Failure> {
         let answer = self.ask(self.request(Method::GET, path)).await?;
-        let is_missing = answer.is_problem && answer.body["type"] == "urn:singletrack:problem:not-found";
-        if is_missing { Ok(None) } else { self.good(answer).map(Some) }
+        if answer.problem() == Some("not-found") { Ok(None) } else { self.good(answer).map(Some) }
+    }
+
+    /// The entries of the list at `path`, at most `limit`, from as many pages as it takes; and whether there are more.
+    pub(super) async fn list(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        limit: usize,
+    ) -> Result<(Vec<Value>, bool), Failure> {
+        let mut items = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let page = (limit - items.len()).min(PAGE).to_string();
+            let request = self.request(Method::GET, path).query(query).query(&[("limit", page)]);
+            let request = match &cursor {
+                Some(cursor) => request.query(&[("cursor", cursor)]),
+                None => request,
+            };
+            let mut answer = self.good(self.ask(request).await?)?;
+            if let Value::Array(entries) = answer["items"].take() {
+                items.extend(entries);
+            }
+            cursor = answer["next_cursor"].as_str().map(str::to_owned);
+            if cursor.is_none() || items.len() >= limit {
+                return Ok((items, cursor.is_some()));
+            }
+        }
     }
 
     /// Puts `body` at `path`; what the service answered.
     pub(super) async fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
-        let request = self.request(Method::PUT, path).header(CONTENT_TYPE, "application/json").body(body.to_string());
-        let answer = self.ask(request).await?;
-        self.good(answer)
+        self.good(self.send(Method::PUT, path, body, &[]).await?)
+    }
+
+    /// Deletes what is at `path`.
+    pub(super) async fn delete(&self, path: &str) -> Result<Value, Failure> {
+        self.good(self.ask(self.request(Method::DELETE, path)).await?)
+    }
+
+    /// Posts `body` to `path`; what the service answered.
+    pub(super) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        self.good(self.send(Method::POST, path, body, &[]).await?)
     }
 
     /// Posts `body` to `path`; the status of the answer, and the answer, whatever it is.
-    pub(super) async fn post(&self, path: &str, body: &Value) -> Result<(u16, Value), Failure> {
-        let request = self.request(Method::POST, path).header(CONTENT_TYPE, "application/json").body(body.to_string());
-        let answer = self.ask(request).await?;
+    pub(super) async fn ask_for(&self, path: &str, body: &Value) -> Result<(u16, Value), Failure> {
+        let answer = self.send(Method::POST, path, body, &[]).await?;
         Ok((answer.status, answer.body))
+    }
+
+    /// Sends `body` to `path`; the answer, whatever it is.
+    pub(super) async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: &Value,
+        headers: &[(&str, &str)],
+    ) -> Result<Answer, Failure> {
+        let request = self.request(method, path).header(CONTENT_TYPE, "application/json").body(body.to_string());
+        self.ask(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value))).await
+    }
+
+    /// The run, when it is final, or at most `seconds` from now.
+    pub(super) async fn run_once_over(&self, id: &str, seconds: u64) -> Result<Option<Value>, Failure> {
+        let request = self.request(Method::GET, &format!("/runs/{id}")).header("Prefer", format!("wait={seconds}"));
+        let answer = self.ask(request).await?;
+        if answer.problem() == Some("not-found") { Ok(None) } else { self.good(answer).map(Some) }
+    }
+
+    /// A stream of server-sent events at `path`, after the event `last`; `None` where all of it was told.
+    pub(super) async fn open(
+        &self,
+        path: &str,
+        query: &[(&str, String)],
+        last: Option<&str>,
+    ) -> Result<Option<Response>, Failure> {
+        let request = self.request(Method::GET, path).query(query).header(ACCEPT, "text/event-stream");
+        let request = last.into_iter().fold(request, |request, id| request.header("Last-Event-ID", id));
+        let response = request.timeout(STREAM_TIMEOUT).send().await.map_err(|error| self.unreachable(error))?;
+        match response.status().as_u16() {
+            200 => Ok(Some(response)),
+            204 => Ok(None),
+            _ => Err(match self.good(self.answer(response).await?) {
+                Ok(_) => Failure::Failed(format!("{} gave no stream of events", self.base)),
+                Err(failure) => failure,
+            }),
+        }
+    }
+
+    /// Where people look at a run.
+    pub(super) fn page_of_run(&self, id: &str) -> String {
+        format!("{}/#/runs/{id}", self.base)
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
         self.http.request(method, format!("{}/api/v1{path}", self.base))
     }
 
+    fn unreachable(&self, error: reqwest::Error) -> Failure {
+        let kind = if error.is_connect() { Failure::Unreached } else { Failure::NoAnswer };
+        kind(format!(
+            "no answer from {}: {}. Is the service running there? SINGLETRACK_URL or --url says where it is.",
+            self.base,
+            root_cause(error)
+        ))
+    }
+
     async fn ask(&self, request: RequestBuilder) -> Result<Answer, Failure> {
-        let unreachable = |error: reqwest::Error| {
-            Failure::Failed(format!(
-                "no answer from {}: {}. Is the service running there? SINGLETRACK_URL or --url says where it is.",
-                self.base,
-                root_cause(error)
-            ))
-        };
-        let response = request.send().await.map_err(unreachable)?;
+        self.answer(request.send().await.map_err(|error| self.unreachable(error))?).await
+    }
+
+    async fn answer(&self, response: Response) -> Result<Answer, Failure> {
         let status = response.status().as_u16();
         let text = |name| response.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let is_problem = text(CONTENT_TYPE).is_some_and(|kind| kind.starts_with("application/problem+json"));
         let location = text(LOCATION).map(str::to_owned);
-        let body = response.bytes().await.map_err(unreachable)?;
+        let body = response.bytes().await.map_err(|error| self.unreachable(error))?;
         Ok(Answer { status, is_problem, body: serde_json::from_slice(&body).unwrap_or_default(), location })
     }
 
     /// The body of a good answer.
-    fn good(&self, answer: Answer) -> Result<Value, Failure> {
+    pub(super) fn good(&self, answer: Answer) -> Result<Value, Failure> {
         let base = &self.base;
         let told = ["detail", "title"].into_iter().find_map(|name| answer.body[name].as_str());
         let told = told.filter(|_| answer.is_problem);
+        let cause = answer.problem();
         Err(match answer.status {
+            204 => return Ok(Value::Null),
             200..=299 if answer.body.is_object() => return Ok(answer.body),
-            401 | 403 => Failure::Unauthorised(told.map_or_else(
-                || format!("{base} lets nobody in without a good key ({}): set SINGLETRACK_API_KEY", answer.status),
-                str::to_owned,
-            )),
+            _ if matches!(cause, Some("slot-taken" | "workflow-paused" | "too-many-waiting")) => {
+                Failure::Conflict(told.unwrap_or("the slot is taken").to_owned())
+            }
+            401 | 403 => Failure::Unauthorised(match told {
+                Some(told) if answer.status == 401 => format!("{told} The key is taken from SINGLETRACK_API_KEY."),
+                Some(told) => told.to_owned(),
+                None => {
+                    format!("{base} lets nobody in without a good key ({}): set SINGLETRACK_API_KEY", answer.status)
+                }
+            }),
             300..=399 => Failure::Failed(format!(
                 "{base} leads to {}: set SINGLETRACK_URL to where the service itself is",
                 answer.location.as_deref().unwrap_or("elsewhere")

@@ -1,18 +1,26 @@
 //! The command line: one command per process, its result an exit code. Half of the commands are the service itself; the
 //! others are a client of it, over HTTP only, a file for each noun.
 
+mod apply;
 mod client;
 mod definitions;
 mod demo;
 mod diff;
 mod doctor;
+mod events;
+mod filter;
+mod follow;
 mod keys;
+mod output;
+mod run;
+mod runs;
+mod watch;
 mod workflows;
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use self::client::Failure;
@@ -46,9 +54,32 @@ enum Command {
     /// Who may use the API: makes, lists and revokes keys, straight in the database that DATABASE_URL names.
     #[command(subcommand)]
     Keys(Box<keys::Command>),
-    /// Definitions of workflows, in a service that runs.
+    #[command(flatten)]
+    Client(Box<Client>),
+    /// Print completions for a shell: `source <(singletrack completions bash)`.
+    Completions {
+        /// Which.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// The client half: one service, over HTTP. SINGLETRACK_URL says where it is, SINGLETRACK_API_KEY is the key.
+#[derive(Debug, Subcommand)]
+enum Client {
+    /// Enqueue a run, and wait for its end where that is wanted.
+    Run(run::Run),
+    /// Runs: list, show, cancel, run again, read what they printed.
+    #[command(subcommand)]
+    Runs(runs::Command),
+    /// Definitions of workflows.
     #[command(subcommand)]
     Workflows(workflows::Command),
+    /// List slots: who has them, who waits, how it went of late.
+    Slots(workflows::Ls),
+    /// List replicas and pull workers.
+    Workers(workflows::Ls),
+    /// Print every change of a run's status as it happens, until Ctrl-C.
+    Events(events::Events),
 }
 
 #[derive(Debug, Subcommand)]
@@ -70,7 +101,24 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Doctor(doctor) => doctor.run(),
         Command::Demo(demo) => ask(demo.run()),
         Command::Keys(command) => command.run(),
-        Command::Workflows(command) => ask(command.run()),
+        Command::Client(client) => ask(client.run()),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "singletrack", &mut std::io::stdout());
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+impl Client {
+    async fn run(self) -> Result<ExitCode, Failure> {
+        match self {
+            Self::Run(run) => run.run().await,
+            Self::Runs(command) => command.run().await,
+            Self::Workflows(command) => command.run().await,
+            Self::Slots(list) => list.slots().await,
+            Self::Workers(list) => list.workers().await,
+            Self::Events(events) => events.run().await,
+        }
     }
 }
 

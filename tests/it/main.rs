@@ -21,6 +21,7 @@ mod by_sql;
 mod cancel;
 mod cancelling;
 mod claims;
+mod cli;
 mod commands;
 mod crowds;
 mod dashboard;

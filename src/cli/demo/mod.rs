@@ -98,7 +98,7 @@ async fn storm(stage: &Stage, ear: &Ear) -> anyhow::Result<Uuid> {
     let since = Instant::now();
     for number in 0..REQUESTS {
         let client = replica(stage, number % REPLICAS)?.client()?.clone();
-        requests.spawn(async move { client.post(&runs(), &json!({"input": {"seconds": 600}})).await });
+        requests.spawn(async move { client.ask_for(&runs(), &json!({"input": {"seconds": 600}})).await });
     }
     let answers: Vec<(u16, Value)> = requests.join_all().await.into_iter().collect::<Result<_, _>>()?;
     let took = seconds(since);
@@ -148,7 +148,7 @@ async fn lose(stage: &mut Stage, place: usize, run_id: Uuid, ear: &mut Ear) -> a
     let dead_since = Instant::now();
     tell("its command", &format!("dead after {}: the guard saw its worker end", seconds(since)))?;
     let other = replica(stage, (place + 1) % REPLICAS)?;
-    let (status, problem) = other.client()?.post(&runs(), &json!({})).await?;
+    let (status, problem) = other.client()?.ask_for(&runs(), &json!({})).await?;
     ensure!((status, &problem["run_id"]) == (409, &json!(run_id)), "the slot is not kept: {status} {problem}");
     tell("the slot", "is kept for as long as the worker may be alive and unheard of: 409")?;
     let settled = settled(other, run_id).await?;
@@ -163,7 +163,7 @@ async fn next(stage: &Stage, killed: usize, dead_since: Instant, ear: &mut Ear) 
     headline("The next request")?;
     let other = replica(stage, (killed + 2) % REPLICAS)?;
     let since = Instant::now();
-    let (status, answer) = other.client()?.post(&runs(), &json!({})).await?;
+    let (status, answer) = other.client()?.ask_for(&runs(), &json!({})).await?;
     ensure!(status == 202, "it was answered by {status} {answer}");
     let run_id = id(&answer["id"])?;
     tell("202 Accepted", &format!("run {run_id}"))?;
