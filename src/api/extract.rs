@@ -106,24 +106,27 @@ impl<S: Send + Sync, T: FromStr<Err: Display> + Send> FromRequestParts<S> for Id
 }
 
 /// The parameters of the query, taken one by one; what is left over in the end is refused by name.
-pub(super) struct Params(Vec<(String, String)>);
+pub(super) struct Params {
+    given: Vec<(String, String)>,
+    left: Vec<(String, String)>,
+}
 
 impl<S: Send + Sync> FromRequestParts<S> for Params {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Query(pairs) = Query::from_request_parts(parts, state)
+        let Query(pairs) = Query::<Vec<(String, String)>>::from_request_parts(parts, state)
             .await
             .map_err(|error| Problem::malformed(format!("The query can't be read: {}", error.body_text())))?;
-        Ok(Self(pairs))
+        Ok(Self { given: pairs.clone(), left: pairs })
     }
 }
 
 impl Params {
     /// Every value given under `name`, parsed.
     pub(super) fn all<T: FromStr<Err: Display>>(&mut self, name: &str) -> Result<Vec<T>, Problem> {
-        let (these, others) = std::mem::take(&mut self.0).into_iter().partition(|(given, _)| given == name);
-        self.0 = others;
+        let (these, others) = std::mem::take(&mut self.left).into_iter().partition(|(given, _)| given == name);
+        self.left = others;
         let parse = |(_, value): (String, String)| -> Result<T, Problem> {
             let wrong = |detail: String| Problem::invalid_at(Place::Parameter(name.into()), detail);
             if value.contains('\0') {
@@ -143,9 +146,14 @@ impl Params {
         Ok(values.pop())
     }
 
+    /// All of them, as they were given.
+    pub(super) fn given(&self) -> &[(String, String)] {
+        &self.given
+    }
+
     /// Refuses what nobody took.
     pub(super) fn finish(self, known: &[&str]) -> Result<(), Problem> {
-        match self.0.first() {
+        match self.left.first() {
             None => Ok(()),
             Some((name, _)) => Err(Problem::invalid_at(
                 Place::Parameter(name.clone()),

@@ -5,6 +5,7 @@ mod bulk;
 mod claims;
 mod control;
 mod enqueue;
+mod etag;
 mod events;
 mod extract;
 mod feed;

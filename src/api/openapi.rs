@@ -63,6 +63,7 @@ fn meaning(status: &str) -> &'static str {
         "204" => "Done",
         "400" => "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list.",
         "404" => "`not-found`",
+        "412" => "`precondition-failed`: it is not as `If-Match` or `If-None-Match` says.",
         "413" => "`too-large`",
         "415" => "`unsupported-media-type`: the body must be JSON, and the header Content-Type say so.",
         "422" => "`invalid-request`: `errors` names each wrong part.",

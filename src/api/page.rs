@@ -1,11 +1,14 @@
-//! Lists: `limit`, an opaque `cursor`, and the answer's `next_cursor`.
+//! Lists: `limit`, an opaque `cursor`, and the answer's `next_cursor` and `Link`.
 
-use std::hash::{DefaultHasher, Hash, Hasher as _};
-
+use axum::Json;
+use axum::http::{HeaderValue, header};
+use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use url::form_urlencoded;
 
 use super::extract::Params;
 use super::problem::{Place, Problem};
@@ -20,6 +23,19 @@ pub(super) struct Page<T> {
     items: Vec<T>,
     /// What to give as `cursor` for the entries after these; null at the end of the list.
     next_cursor: Option<String>,
+    /// The query of the next page.
+    #[serde(skip)]
+    next: Option<String>,
+}
+
+impl<T: Serialize> IntoResponse for Page<T> {
+    fn into_response(self) -> Response {
+        // Relative to the request, whatever a proxy has put before its path.
+        let link = self.next.as_ref().and_then(|query| HeaderValue::try_from(format!("<?{query}>; rel=\"next\"")).ok());
+        let mut response = Json(self).into_response();
+        response.headers_mut().extend(link.map(|link| (header::LINK, link)));
+        response
+    }
 }
 
 /// Which page is asked for. A cursor holds where the page before ended and a mark of the list it belongs to: one that is
@@ -27,6 +43,8 @@ pub(super) struct Page<T> {
 pub(super) struct Wanted<P> {
     limit: i64,
     mark: u64,
+    /// The query of this page, without its cursor.
+    query: Vec<(String, String)>,
     /// Where the page before ended.
     pub(super) after: Option<P>,
 }
@@ -36,16 +54,15 @@ struct Cursor<P>(u64, P);
 
 impl<P: Serialize + DeserializeOwned> Wanted<P> {
     /// Takes `limit` and `cursor`. `list` is what the list is, with its filters.
-    pub(super) fn take(params: &mut Params, list: &impl Hash) -> Result<Self, Problem> {
+    pub(super) fn take(params: &mut Params, list: &impl Serialize) -> Result<Self, Problem> {
         let limit = match params.one::<String>("limit")? {
             None => 50,
             Some(text) => text.parse().ok().filter(|limit| (1..=MOST).contains(limit)).ok_or_else(|| {
                 Problem::invalid_at(Place::Parameter("limit".into()), format!("must be a number from 1 to {MOST}"))
             })?,
         };
-        let mut hasher = DefaultHasher::new();
-        list.hash(&mut hasher);
-        let mark = hasher.finish();
+        let mark = mark(list);
+        let query = params.given().iter().filter(|(name, _)| name != "cursor").cloned().collect();
         let after = match params.one::<String>("cursor")? {
             None => None,
             Some(text) => {
@@ -57,7 +74,7 @@ impl<P: Serialize + DeserializeOwned> Wanted<P> {
                 Some(after)
             }
         };
-        Ok(Self { limit, mark, after })
+        Ok(Self { limit, mark, query, after })
     }
 
     /// How many rows to read: one more than the page holds tells whether there is another page.
@@ -73,13 +90,33 @@ impl<P: Serialize + DeserializeOwned> Wanted<P> {
         let next_cursor = rows.last().filter(|_| more).map(|last| {
             URL_SAFE_NO_PAD.encode(serde_json::to_vec(&Cursor(self.mark, place(last))).unwrap_or_default())
         });
-        Page { items: rows, next_cursor }
+        let next = next_cursor.as_deref().map(|cursor| {
+            let mut query = form_urlencoded::Serializer::new(String::new());
+            query.extend_pairs(&self.query).append_pair("cursor", cursor).finish()
+        });
+        Page { items: rows, next_cursor, next }
     }
+}
+
+/// The same for every replica, whatever it was built by: a cursor of one is good at another.
+fn mark(list: &impl Serialize) -> u64 {
+    let hash = Sha256::digest(serde_json::to_vec(list).unwrap_or_default());
+    hash.iter().take(8).fold(0, |mark, byte| mark << 8 | u64::from(*byte))
 }
 
 impl<T> Page<T> {
     /// The same page of other entries.
     pub(super) fn map<U>(self, entry: impl Fn(T) -> U) -> Page<U> {
-        Page { items: self.items.into_iter().map(entry).collect(), next_cursor: self.next_cursor }
+        Page { items: self.items.into_iter().map(entry).collect(), next_cursor: self.next_cursor, next: self.next }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mark_of_a_list_is_the_same_for_every_build() {
+        assert_eq!(mark(&("workers", None::<String>)), 0);
     }
 }

@@ -33,7 +33,7 @@ pub(super) struct Problem {
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
     /// `not-authenticated`, `not-allowed`, `key-name-taken`, `too-many-requests`, `host-not-allowed`, `origin-not-allowed`,
-    /// `too-many-listeners`, `contended`, `database-busy`, `database-unavailable`, `internal`.
+    /// `too-many-listeners`, `precondition-failed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -250,6 +250,11 @@ impl Problem {
 
     pub(super) fn invalid_at(place: Place, detail: impl Into<String>) -> Self {
         Self::invalid(vec![Mistake { place, detail: detail.into() }])
+    }
+
+    pub(super) fn precondition_failed() -> Self {
+        Self::new(StatusCode::PRECONDITION_FAILED, "precondition-failed", "It is not as the request says")
+            .with_detail("It was changed, made or deleted meanwhile: read it anew, and decide again.")
     }
 
     pub(super) fn invalid_cursor() -> Self {

@@ -103,18 +103,14 @@ fn take_filter(params: &mut Params, caller: &Caller) -> Result<Filter, Problem> 
            ("until" = Option<DateTime<Utc>>, Query, description = "Enqueued before this time"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before, with the same filters")),
-    responses((status = 200, body = Page<Run>), (status = 400, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Page<Run>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(
-    State(db): State<Db>,
-    caller: Caller,
-    mut params: Params,
-) -> Result<axum::Json<Page<Run>>, Problem> {
+pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Run>, Problem> {
     let filter = take_filter(&mut params, &caller)?;
     let wanted = Wanted::<(DateTime<Utc>, Uuid)>::take(&mut params, &("runs", &filter))?;
     params.finish(&[&FILTERS[..], &["limit", "cursor"]].concat())?;
     let rows = db.with(async |connection| runs::list(connection, &filter, wanted.after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |run| (run.created_at, run.id))))
+    Ok(wanted.page(rows, |run| (run.created_at, run.id)))
 }
 
 /// Counts of runs
@@ -235,7 +231,8 @@ pub(super) async fn attempts(
            ("follow" = Option<bool>, Query, description = "As server-sent events, until the run is over; without `limit` and `cursor`"),
            ("Last-Event-ID" = Option<String>, Header, description = "With `follow`: the `id` of the last event that was received"),
            ("last_event_id" = Option<String>, Query, description = "The same, for clients that can't set the header, which wins")),
-    responses((status = 200, content((Page<RunEvent> = "application/json"), (String = "text/event-stream"))),
+    responses((status = 200, content((Page<RunEvent> = "application/json"), (String = "text/event-stream")),
+               headers(("Link" = String, description = "Of a list: `rel=\"next\"`, the next page, where there is one"))),
               (status = 204, description = "With `Last-Event-ID`: that was the last one, and the run is over"),
               (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -258,7 +255,7 @@ pub(super) async fn events(
     read(db, id, &caller).await?;
     let after = wanted.after.unwrap_or(0);
     let rows = db.with(async |connection| runs::events(connection, id, after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |event| event.seq)).into_response())
+    Ok(wanted.page(rows, |event| event.seq).into_response())
 }
 
 /// Refusals of a run
@@ -307,7 +304,8 @@ impl<T: FromStr> FromStr for Number<T> {
            ("follow" = Option<bool>, Query, description = "As server-sent events, until the run is over; without `limit` and `cursor`"),
            ("Last-Event-ID" = Option<String>, Header, description = "With `follow`: the `id` of the last event that was received"),
            ("last_event_id" = Option<String>, Query, description = "The same, for clients that can't set the header, which wins")),
-    responses((status = 200, content((Page<LogEntry> = "application/json"), (String = "text/event-stream"))),
+    responses((status = 200, content((Page<LogEntry> = "application/json"), (String = "text/event-stream")),
+               headers(("Link" = String, description = "Of a list: `rel=\"next\"`, the next page, where there is one"))),
               (status = 204, description = "With `Last-Event-ID`: that was the last of it, and the run is over"),
               (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -331,5 +329,5 @@ pub(super) async fn logs(
     read(db, id, &caller).await?;
     let after = wanted.after;
     let rows = db.with(async |connection| logs::read(connection, id, attempt, after, wanted.rows()).await).await?;
-    Ok(axum::Json(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream))).into_response())
+    Ok(wanted.page(rows, |entry| (entry.fence, entry.seq, entry.stream)).into_response())
 }

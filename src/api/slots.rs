@@ -17,19 +17,15 @@ use crate::store::{Db, slots, workers};
     get, path = "/api/v1/slots", operation_id = "list_slots", tag = "runs",
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<Slot>), (status = 400, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Page<Slot>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(
-    State(db): State<Db>,
-    caller: Caller,
-    mut params: Params,
-) -> Result<axum::Json<Page<Slot>>, Problem> {
+pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Slot>, Problem> {
     let bound = caller.bound();
     let wanted = Wanted::<String>::take(&mut params, &("slots", &bound))?;
     params.finish(&["limit", "cursor"])?;
     let (after, rows) = (wanted.after.as_deref(), wanted.rows());
     let found = db.with(async |connection| slots::list(connection, bound.as_deref(), after, rows).await).await?;
-    Ok(axum::Json(wanted.page(found, |slot| slot.workflow_id.clone())))
+    Ok(wanted.page(found, |slot| slot.workflow_id.clone()))
 }
 
 /// Workers
@@ -40,17 +36,13 @@ pub(super) async fn list(
     get, path = "/api/v1/workers", operation_id = "list_workers", tag = "workers",
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<Worker>), (status = 400, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Page<Worker>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn workers(
-    State(db): State<Db>,
-    caller: Caller,
-    mut params: Params,
-) -> Result<axum::Json<Page<Worker>>, Problem> {
+pub(super) async fn workers(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Worker>, Problem> {
     let bound = caller.bound();
     let wanted = Wanted::<String>::take(&mut params, &("workers", &bound))?;
     params.finish(&["limit", "cursor"])?;
     let (after, rows) = (wanted.after.as_deref(), wanted.rows());
     let found = db.with(async |connection| workers::list(connection, bound.as_deref(), after, rows).await).await?;
-    Ok(axum::Json(wanted.page(found, |worker| worker.name.clone())))
+    Ok(wanted.page(found, |worker| worker.name.clone()))
 }

@@ -2,10 +2,12 @@
 
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 
 use super::auth::Caller;
-use super::extract::{Actor, Id, Json, Params, refuse_headers};
+use super::etag;
+use super::extract::{Actor, Id, Json, Params};
 use super::page::{Page, Wanted};
 use super::problem::{Mistake, Place, Problem};
 use super::{Api, to_its_end};
@@ -22,20 +24,16 @@ const TAG: &str = "workflows";
     get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG,
     params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<Workflow>), (status = 400, body = Problem), (status = 422, body = Problem),
+    responses((status = 200, body = Page<Workflow>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
-pub(super) async fn list(
-    State(db): State<Db>,
-    caller: Caller,
-    mut params: Params,
-) -> Result<axum::Json<Page<Workflow>>, Problem> {
+pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Workflow>, Problem> {
     let wanted = Wanted::<(DateTime<Utc>, String)>::take(&mut params, &("workflows", caller.bound()))?;
     params.finish(&["limit", "cursor"])?;
     let (after, bound) = (wanted.after.clone(), caller.bound());
     let rows =
         db.with(async |connection| workflows::list(connection, bound.as_deref(), after, wanted.rows()).await).await?;
     let page = wanted.page(rows, |(defined, workflow)| (*defined, workflow.revision.id.clone()));
-    Ok(axum::Json(page.map(|(_, workflow)| workflow)))
+    Ok(page.map(|(_, workflow)| workflow))
 }
 
 /// One workflow
@@ -44,17 +42,28 @@ pub(super) async fn list(
 #[utoipa::path(
     get, path = "/api/v1/workflows/{id}", operation_id = "get_workflow",
     tag = TAG,
-    params(("id" = String, Path, description = "Workflow id", example = "deploy")),
-    responses((status = 200, body = Workflow), (status = 404, body = Problem), (status = 422, body = Problem),
+    params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("If-None-Match" = Option<String>, Header, description = "An `ETag` that the client has")),
+    responses((status = 200, body = Workflow,
+               headers(("ETag" = String, description = "The revision, and while it is paused the pause: for `If-Match` and `If-None-Match`"))),
+              (status = 304, description = "As `If-None-Match` says, the client has it",
+               headers(("ETag" = String, description = "As it was"))),
+              (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn get(
     State(db): State<Db>,
     caller: Caller,
     Id(id): Id<WorkflowId>,
-) -> Result<axum::Json<Workflow>, Problem> {
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
     caller.check(&id)?;
     let found = db.with(async |connection| workflows::get(connection, &id).await).await?;
-    found.map(axum::Json).ok_or_else(|| Problem::no_workflow(&id))
+    let workflow = found.ok_or_else(|| Problem::no_workflow(&id))?;
+    let tag = etag::of_workflow(&workflow);
+    Ok(match etag::is_known(&headers, &tag) {
+        true => (StatusCode::NOT_MODIFIED, [etag::header(&tag)]).into_response(),
+        false => ([etag::header(&tag)], axum::Json(workflow)).into_response(),
+    })
 }
 
 /// Define a workflow
@@ -65,11 +74,15 @@ pub(super) async fn get(
     put, path = "/api/v1/workflows/{id}", operation_id = "put_workflow",
     tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("If-Match" = Option<String>, Header, description = "An `ETag`: only while that is the current revision; `*`: only where it is defined"),
+           ("If-None-Match" = Option<String>, Header, description = "`*`: only where it is not defined"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     request_body = Definition,
-    responses((status = 200, body = Revision, description = "Changed, or the same as before"),
-              (status = 201, body = Revision, description = "Not in use before"),
-              (status = 400, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
+    responses((status = 200, body = Revision, description = "Changed, or the same as before",
+               headers(("ETag" = String, description = "The revision"))),
+              (status = 201, body = Revision, description = "Not in use before",
+               headers(("ETag" = String, description = "The revision"))),
+              (status = 400, body = Problem), (status = 412, body = Problem), (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn put(
     State(api): State<Api>,
@@ -78,9 +91,9 @@ pub(super) async fn put(
     Actor(actor): Actor,
     headers: HeaderMap,
     Json(definition): Json<Definition>,
-) -> Result<(StatusCode, axum::Json<Revision>), Problem> {
+) -> Result<Response, Problem> {
     caller.check(&id)?;
-    refuse_headers(&headers, &["If-Match", "If-None-Match"])?;
+    let expected = etag::expected(&headers)?;
     let mut mistakes = definition.mistakes();
     let shortest = api.facts.shortest_heartbeat_timeout;
     // What is out of every range was said already.
@@ -95,14 +108,16 @@ pub(super) async fn put(
     }
     let (db, has_schedule) = (api.db.clone(), definition.schedule.is_some());
     let put = to_its_end(async move {
-        db.with(async |connection| workflows::put(connection, &id, &definition, &actor).await).await
-    })
-    .await??;
+        db.with(async |connection| workflows::put_if(connection, &expected, &id, &definition, &actor).await).await
+    });
+    let put = put.await??.ok_or_else(Problem::precondition_failed)?;
     tracing::info!(workflow.id = put.revision.id, workflow.revision = put.revision.revision, "workflow defined");
     if has_schedule {
         api.wake_scheduler.notify_one();
     }
-    Ok((if put.created { StatusCode::CREATED } else { StatusCode::OK }, axum::Json(put.revision)))
+    let status = if put.created { StatusCode::CREATED } else { StatusCode::OK };
+    let tag = etag::of_revision(put.revision.revision);
+    Ok((status, [etag::header(&tag)], axum::Json(put.revision)).into_response())
 }
 
 /// Delete a workflow
@@ -113,9 +128,10 @@ pub(super) async fn put(
     delete, path = "/api/v1/workflows/{id}", operation_id = "delete_workflow",
     tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
+           ("If-Match" = Option<String>, Header, description = "An `ETag`: only while that is the current revision"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
     responses((status = 204), (status = 404, body = Problem),
-              (status = 409, body = Problem, description = "`workflow-in-use`, with `run_id`"),
+              (status = 409, body = Problem, description = "`workflow-in-use`, with `run_id`"), (status = 412, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn delete(
     State(db): State<Db>,
@@ -125,12 +141,12 @@ pub(super) async fn delete(
     headers: HeaderMap,
 ) -> Result<StatusCode, Problem> {
     caller.check(&id)?;
-    refuse_headers(&headers, &["If-Match"])?;
+    let expected = etag::expected(&headers)?;
     let name = id.clone();
-    let deleted =
-        to_its_end(async move { db.with(async |connection| workflows::delete(connection, &id, &actor).await).await })
-            .await??;
-    match deleted {
+    let deleted = to_its_end(async move {
+        db.with(async |connection| workflows::delete_if(connection, &expected, &id, &actor).await).await
+    });
+    match deleted.await??.ok_or_else(Problem::precondition_failed)? {
         Deleted::Gone => {
             tracing::info!(workflow.id = %name, "workflow deleted");
             Ok(StatusCode::NO_CONTENT)
@@ -149,14 +165,14 @@ pub(super) async fn delete(
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
            ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
            ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
-    responses((status = 200, body = Page<Revision>), (status = 400, body = Problem), (status = 404, body = Problem),
+    responses((status = 200, body = Page<Revision>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn revisions(
     State(db): State<Db>,
     caller: Caller,
     Id(id): Id<WorkflowId>,
     mut params: Params,
-) -> Result<axum::Json<Page<Revision>>, Problem> {
+) -> Result<Page<Revision>, Problem> {
     caller.check(&id)?;
     let wanted = Wanted::<i32>::take(&mut params, &("revisions", id.as_str()))?;
     params.finish(&["limit", "cursor"])?;
@@ -165,5 +181,5 @@ pub(super) async fn revisions(
     if rows.is_empty() && wanted.after.is_none() {
         return Err(Problem::no_workflow(&id));
     }
-    Ok(axum::Json(wanted.page(rows, |revision| revision.revision)))
+    Ok(wanted.page(rows, |revision| revision.revision))
 }

@@ -77,7 +77,7 @@ pub async fn these(connection: &mut PgConnection, ids: &[Uuid]) -> sqlx::Result<
 }
 
 /// Which runs a list is about. What is `None` or empty does not narrow it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Filter {
     /// The full workflow id.
     pub workflow_id: Option<String>,

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use sqlx::PgConnection;
 use sqlx::types::Json;
+use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use crate::domain::{Backoff, Definition, Executor, OnConflict, Pause, RetryOn, Schedule, WorkflowId};
@@ -72,6 +72,60 @@ pub struct Put {
     pub revision: Revision,
     /// True when the id was not in use before.
     pub created: bool,
+}
+
+/// What must be so for an edit to take place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Nothing.
+    Anything,
+    /// The id is not in use.
+    Unused,
+    /// It is in use.
+    Defined,
+    /// Its current revision is one of these.
+    Revision(Vec<i32>),
+}
+
+impl Expected {
+    /// Whether it is so, and stays so until the transaction is over; that an id is not in use does not stay so.
+    async fn holds(&self, connection: &mut PgConnection, id: &WorkflowId) -> sqlx::Result<bool> {
+        let revision = sqlx::query_scalar!(
+            "select revision from workflows where id = $1 and deleted_at is null for update",
+            id.as_str()
+        );
+        let revision = revision.fetch_optional(connection).await?;
+        Ok(match self {
+            Self::Anything => true,
+            Self::Unused => revision.is_none(),
+            Self::Defined => revision.is_some(),
+            Self::Revision(these) => revision.is_some_and(|revision| these.contains(&revision)),
+        })
+    }
+}
+
+/// As [`put`], if it is as `expected`; else nothing is changed.
+pub async fn put_if(
+    connection: &mut PgConnection,
+    expected: &Expected,
+    id: &WorkflowId,
+    definition: &Definition,
+    by: &str,
+) -> sqlx::Result<Option<Put>> {
+    if *expected == Expected::Anything {
+        return put(connection, id, definition, by).await.map(Some);
+    }
+    let mut transaction = connection.begin().await?;
+    if expected.holds(&mut transaction, id).await? {
+        let put = put(&mut transaction, id, definition, by).await?;
+        // Somebody else may have made it just now.
+        if put.created == (*expected == Expected::Unused) {
+            transaction.commit().await?;
+            return Ok(Some(put));
+        }
+    }
+    transaction.rollback().await?;
+    Ok(None)
 }
 
 /// Makes `definition` the current revision of `id`; what says the same as the current one makes no new one. Ask
@@ -248,4 +302,23 @@ pub async fn delete(connection: &mut PgConnection, id: &WorkflowId, by: &str) ->
         // Somebody else deleted it between this statement's snapshot and its update.
         _ => Deleted::Unknown,
     })
+}
+
+/// As [`delete`], if it is as `expected`; else nothing is changed.
+pub async fn delete_if(
+    connection: &mut PgConnection,
+    expected: &Expected,
+    id: &WorkflowId,
+    by: &str,
+) -> sqlx::Result<Option<Deleted>> {
+    if *expected == Expected::Anything {
+        return delete(connection, id, by).await.map(Some);
+    }
+    let mut transaction = connection.begin().await?;
+    let deleted = match expected.holds(&mut transaction, id).await? {
+        true => Some(delete(&mut transaction, id, by).await?),
+        false => None,
+    };
+    transaction.commit().await?;
+    Ok(deleted)
 }

@@ -29,18 +29,21 @@ fn ids(answer: &Answer) -> Vec<String> {
 async fn pages(client: &Client, path: &str, limit: usize, mut meanwhile: impl AsyncFnMut()) -> Vec<Value> {
     let separator = if path.contains('?') { '&' } else { '?' };
     let first = format!("{path}{separator}limit={limit}");
-    let (mut entries, mut next) = (Vec::new(), first.clone());
+    let (mut entries, mut next) = (Vec::new(), first);
     loop {
         let page = client.get(&next).await;
         assert_eq!((page.status, page.names()), (200, vec!["items", "next_cursor"]), "{page:?}");
         let items = page.body["items"].as_array().unwrap();
         entries.extend(items.iter().cloned());
         let Some(cursor) = page.body["next_cursor"].as_str() else {
-            assert!(items.len() <= limit);
+            assert!(items.len() <= limit && !page.headers.contains_key("link"));
             return entries;
         };
         assert_eq!(items.len(), limit, "only the last page may be short");
-        next = format!("{first}&cursor={cursor}");
+        let link = page.headers["link"].to_str().unwrap();
+        let query = link.strip_prefix("<?").and_then(|link| link.strip_suffix(">; rel=\"next\"")).unwrap();
+        assert!(query.contains(&format!("limit={limit}")) && query.ends_with(&format!("cursor={cursor}")), "{link}");
+        next = format!("{}?{query}", path.split('?').next().unwrap());
         meanwhile().await;
     }
 }

@@ -1,8 +1,10 @@
 //! Definitions: what they may say, their revisions, and what runs keep of them.
 
+use reqwest::Method;
 use serde_json::{Value, json};
 use singletrack::domain::Status;
 
+use crate::support::calls::until_blocked;
 use crate::support::database::TestDb;
 use crate::support::eventually;
 use crate::support::plant;
@@ -247,11 +249,6 @@ async fn what_this_version_does_not_know_is_refused_by_name() {
         }
     }
     assert_eq!(replica.client.put(PATH, json!({})).await.mistakes(), ["pointer "]);
-    for header in ["If-Match", "If-None-Match"] {
-        let request = replica.client.request(reqwest::Method::PUT, PATH).header(header, "*").json(&full());
-        let answer = Answer::of(request).await.unwrap();
-        assert_eq!(answer.mistakes(), [format!("header {header}")]);
-    }
     assert_eq!(replica.client.get(PATH).await.status, 404);
 }
 
@@ -294,4 +291,52 @@ async fn of_many_first_definitions_at_once_one_creates_and_all_become_revisions(
     statuses.sort_unstable();
     assert_eq!(statuses, [200, 200, 200, 200, 200, 200, 200, 201]);
     assert_eq!(revisions(&replica.client).await, [8, 7, 6, 5, 4, 3, 2, 1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_takes_place_only_on_what_its_author_has_read() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let client = &replica.client;
+    let send = async |method: Method, headers: &[(&str, &str)], words: &str| {
+        let request = client
+            .request(method, "/api/v1/workflows/w")
+            .json(&json!({"executor": {"type": "command", "argv": [words]}}));
+        Answer::of(headers.iter().fold(request, |request, (name, value)| request.header(*name, *value))).await.unwrap()
+    };
+    let tag = |answer: &Answer| answer.headers["etag"].to_str().unwrap().to_owned();
+    let refused = |answer: Answer| assert_eq!((answer.status, answer.cause()), (412, "precondition-failed"));
+
+    refused(send(Method::PUT, &[("If-Match", "*")], "a").await);
+    let made = send(Method::PUT, &[("If-None-Match", "*")], "a").await;
+    assert_eq!((made.status, tag(&made)), (201, "\"1\"".to_owned()));
+    refused(send(Method::PUT, &[("If-None-Match", "*")], "b").await);
+    let first = client.get("/api/v1/workflows/w").await;
+    assert_eq!(tag(&first), tag(&made));
+    let same = Answer::of(client.request(Method::GET, "/api/v1/workflows/w").header("If-None-Match", tag(&first)))
+        .await
+        .unwrap();
+    assert_eq!((same.status, tag(&same), same.body), (304, tag(&first), json!("")));
+
+    // A pause changes what is read, and is no edit.
+    client.post("/api/v1/workflows/w/pause", json!({})).await;
+    let paused = client.get("/api/v1/workflows/w").await;
+    assert_ne!(tag(&paused), tag(&first));
+    let second = send(Method::PUT, &[("If-Match", &tag(&paused))], "b").await;
+    assert_eq!((second.status, tag(&second)), (200, "\"2\"".to_owned()));
+    refused(send(Method::PUT, &[("If-Match", &tag(&first))], "c").await);
+    refused(send(Method::DELETE, &[("If-Match", &tag(&first))], "").await);
+    assert_eq!(client.get("/api/v1/workflows/w").await.body["revision"], 2);
+
+    // One that is not committed yet is waited for.
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::query("update workflows set revision = 1 where id = 'w'").execute(&mut *open).await.unwrap();
+    let late = send(Method::PUT, &[("If-Match", "\"2\"")], "c");
+    let (late, ()) = tokio::join!(late, async {
+        until_blocked(&test, 1).await;
+        open.commit().await.unwrap();
+    });
+    refused(late);
+    assert_eq!(send(Method::PUT, &[("If-None-Match", "\"2\"")], "c").await.mistakes(), ["header If-None-Match"]);
+    assert_eq!(send(Method::DELETE, &[("If-Match", "\"7\", \"1\"")], "").await.status, 204);
 }
