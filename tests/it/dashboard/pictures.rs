@@ -1,11 +1,13 @@
 //! `make screenshots`: every screen in light and dark, wide and narrow, with no runs, with a few, and with thousands.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::browser::Browser;
 use crate::support::database::TestDb;
+use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
 
 const SCREENS: [(&str, &str); 6] = [
@@ -66,4 +68,42 @@ async fn pictures_of_every_screen() {
             }
         }
     }
+}
+
+/// Workflows in each state that the first screen can show, with some past.
+async fn everyday(client: &Client) {
+    client.define("e2e", "sleep 0.$(shuf -i 1-9 -n 1); grep -q fail && exit 1; exit 0").await;
+    client.define("import", "sleep 0.$(shuf -i 2-4 -n 1)").await;
+    client.define("deploy", "echo going; exec sleep 600").await;
+    client.define("migrate", "exec sleep 600").await;
+    client.define("nightly-report", "sleep 0.3").await;
+    for at in 0..20 {
+        for id in ["e2e@shop", "e2e@admin", "import", "nightly-report"] {
+            let input = if id == "e2e@admin" && at % 6 == 4 { "fail" } else { "pass" };
+            client.post(&format!("/api/v1/workflows/{id}/runs"), json!({"input": input, "on_conflict": "wait"})).await;
+        }
+    }
+    eventually("all of them are over", Duration::from_secs(120), async || {
+        let counts = client.get("/api/v1/runs/counts").await.body;
+        ["waiting", "queued", "running"].iter().all(|status| counts[status] == 0).then_some(())
+    })
+    .await;
+    for id in ["deploy@prod", "migrate", "migrate", "e2e@shop"] {
+        client.post(&format!("/api/v1/workflows/{id}/runs"), json!({"on_conflict": "wait"})).await;
+    }
+    client.post("/api/v1/workflows/import/pause", json!({"reason": "the disk is full"})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "makes the picture of the README: make screenshots"]
+async fn pictures_of_the_readme() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    everyday(&replica.client).await;
+    let Some(page) = Browser::open(&replica.client.base).await else { return };
+    page.resize(1160, 530).await;
+    page.until("document.querySelectorAll('[data-key] .s-running').length >= 2").await;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/images/dashboard.png");
+    page.picture(&file).await;
+    assert!(std::fs::metadata(file).unwrap().len() < 150_000, "too large to be committed");
 }

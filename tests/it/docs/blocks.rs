@@ -51,7 +51,8 @@ pub fn root() -> &'static Path {
 
 /// README.md and all of docs/*.md.
 pub fn pages() -> Vec<Page> {
-    let mut paths: Vec<PathBuf> = std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let mut paths: Vec<PathBuf> =
+        std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path()).collect();
     paths.retain(|path| path.extension().is_some_and(|extension| extension == "md"));
     paths.sort();
     paths.insert(0, root().join("README.md"));

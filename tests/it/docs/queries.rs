@@ -49,7 +49,9 @@ pub async fn ask(pages: &[Page]) -> Vec<String> {
     history(&test, &replica.client).await;
     replica.finish().await;
     let mut wrong = Vec::new();
-    for block in pages.iter().flat_map(Page::blocks).filter(|block| block.language == "sql" && block.not_run().is_none()) {
+    for block in
+        pages.iter().flat_map(Page::blocks).filter(|block| block.language == "sql" && block.not_run().is_none())
+    {
         let mut sql = test.sql.acquire().await.unwrap();
         let asked = if block.has("writes") { write(&mut sql, &block).await } else { read(&mut sql, &block).await };
         wrong.extend(asked.err().map(|why| format!("{}: {why}", block.place)));

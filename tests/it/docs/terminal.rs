@@ -1,6 +1,6 @@
 //! The `sh` and `console` blocks of a page, in order, in one shell that talks to a live replica.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
@@ -53,8 +53,10 @@ pub async fn play(page: &Page) -> (Vec<String>, String) {
     let out = out.replace(replica.client.base.strip_prefix("http://").unwrap(), "localhost:7410");
 
     let mut wrong = Vec::new();
-    // Ids are the same over all commands of a block.
+    let mut differ: BTreeSet<&str> = BTreeSet::new();
+    // By place, too: ids are the same over all commands of a block, so it is recorded as a whole.
     let mut ids: HashMap<&str, Ids> = HashMap::new();
+    let mut recorded: HashMap<&str, Vec<(String, String)>> = HashMap::new();
     // By place: the refusals that the block says, and those that there were.
     let mut refused: BTreeMap<&str, (Vec<u16>, Vec<u16>)> = BTreeMap::new();
     let outputs: Vec<&str> = out.split(COMMAND).skip(1).collect();
@@ -63,21 +65,33 @@ pub async fn play(page: &Page) -> (Vec<String>, String) {
         let block = step.block();
         let refusals = statuses.into_iter().filter(|status| *status >= 400);
         refused.entry(&block.place).or_insert((block.refusals(), Vec::new())).1.extend(refusals);
-        if let Step::Shown(_, command, shown) = step
-            && !same(shown, &output, ids.entry(&block.place).or_default())
-        {
+        let Step::Shown(_, command, shown) = step else { continue };
+        recorded
+            .entry(&block.place)
+            .or_default()
+            .push((written(command, &shown.join("\n")), written(command, &output)));
+        if !same(shown, &output, ids.entry(&block.place).or_default()) {
             wrong.push(format!("{}: $ {command}\nprints\n{output}\nand not\n{}", block.place, shown.join("\n")));
-            let old = format!("$ {command}\n{}\n", shown.join("\n"));
-            text = text.replacen(&old, &format!("$ {command}\n{output}\n"), 1);
+            differ.insert(&block.place);
         }
     }
+    for (old, new) in differ.iter().flat_map(|place| &recorded[*place]) {
+        text = text.replacen(old, new, 1);
+    }
     let refused = refused.into_iter().filter(|(_, (said, met))| said != met);
-    wrong.extend(refused.map(|(place, (said, met))| format!("{place}: requests were refused with {met:?}, and not {said:?}")));
+    wrong.extend(
+        refused.map(|(place, (said, met))| format!("{place}: requests were refused with {met:?}, and not {said:?}")),
+    );
     if let (false, Some(last)) = (ended, outputs.last()) {
         let place = &steps[outputs.len() - 1].block().place;
         wrong.push(format!("{place}: a command failed, or took too long:\n{last}"));
     }
     (wrong, text)
+}
+
+/// A command and its output, as a page has them.
+fn written(command: &str, output: &str) -> String {
+    if output.is_empty() { format!("$ {command}\n") } else { format!("$ {command}\n{output}\n") }
 }
 
 fn steps(block: &Block) -> Vec<Step<'_>> {
@@ -134,7 +148,9 @@ fn script(steps: &[Step]) -> String {
 
 /// Whether the script came to its end, and all it has printed.
 fn run(script: &str, folder: &std::path::Path, database: &str, base: &str) -> (bool, String) {
-    let curlrc = format!("silent\nshow-error\nnoproxy = \"*\"\nmax-time = 90\nwrite-out = \"%{{stderr}}{STATUS}%{{http_code}}\\n\"\n");
+    let curlrc = format!(
+        "silent\nshow-error\nnoproxy = \"*\"\nmax-time = 90\nwrite-out = \"%{{stderr}}{STATUS}%{{http_code}}\\n\"\n"
+    );
     std::fs::write(folder.join(".curlrc"), curlrc).unwrap();
     std::fs::write(folder.join("script"), script).unwrap();
     let out = std::fs::File::create(folder.join("out")).unwrap();
