@@ -10,7 +10,7 @@ use crate::support::database::TestDb;
 use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
 
-const SCREENS: [(&str, &str); 6] = [
+pub(super) const SCREENS: [(&str, &str); 6] = [
     ("slots", "#/"),
     ("runs", "#/runs"),
     ("run", "#/runs/RUN"),
@@ -19,8 +19,13 @@ const SCREENS: [(&str, &str); 6] = [
     ("system", "#/system"),
 ];
 
+/// The address of a screen; `None` for that of a run where there is none.
+pub(super) fn shown(hash: &str, run: Option<&str>) -> Option<String> {
+    if hash.contains("RUN") { Some(hash.replace("RUN", run?)) } else { Some(hash.to_owned()) }
+}
+
 /// Workflows as people have them, and about `count` runs of them.
-async fn fill(client: &Client, count: usize) -> Option<String> {
+pub(super) async fn fill(client: &Client, count: usize) -> Option<String> {
     if count == 0 {
         return None;
     }
@@ -55,14 +60,8 @@ async fn pictures_of_every_screen() {
             for (size, width, height) in [("wide", 1280, 900), ("narrow", 390, 900)] {
                 page.resize(width, height).await;
                 for (name, hash) in SCREENS {
-                    let Some(hash) =
-                        run.as_ref().map(|id| hash.replace("RUN", id)).or((name != "run").then(|| hash.into()))
-                    else {
-                        continue;
-                    };
-                    page.go(&hash).await;
-                    page.until("document.querySelector('main h1, main .why') && !document.querySelector('.loading')")
-                        .await;
+                    let Some(hash) = shown(hash, run.as_deref()) else { continue };
+                    page.reach(&hash).await;
                     page.picture(&folder.join(format!("{count}-{name}-{theme}-{size}.png"))).await;
                 }
             }
@@ -101,7 +100,7 @@ async fn pictures_of_the_readme() {
     let replica = Replica::start(&test).await;
     everyday(&replica.client).await;
     let Some(page) = Browser::open(&replica.client.base).await else { return };
-    page.resize(1160, 530).await;
+    page.resize(1160, 580).await;
     page.until("document.querySelectorAll('[data-key] .s-running').length >= 2").await;
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/images/dashboard.png");
     page.picture(&file).await;
