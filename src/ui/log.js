@@ -93,6 +93,7 @@ export function log(runId, { line, isOver }) {
     const last = Math.min(lines.length, first + Math.ceil((scroller.clientHeight || 400) / LINE) + 2 * SPARE);
     view.style.transform = `translateY(${first * LINE}px)`;
     view.replaceChildren(...lines.slice(first, last).map((made, index) => row(made, first + index + 1)));
+    scroller.classList.toggle('short', over && !lines.length);
     if (!lines.length) view.replaceChildren(h('p.muted.nothing', null, over ? 'It printed nothing.' : 'Nothing printed yet.'));
   }
 

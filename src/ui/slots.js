@@ -90,8 +90,8 @@ function slotRow(row, open, redraw) {
     cell('rate', rate === null ? h('span.muted', null, '–') : h('span', { title: `of the last ${judged} that ended by themselves`, class: rate < 0.5 ? 'bad' : '' }, percent(rate))),
     cell('typical', spark(row.results), h('span', null, duration(typical))),
     cell('acts', row.holder
-      ? button(['409', icon('chevron')], toggle, { kind: `quiet disclose${isOpen ? ' open' : ''}`, title: 'What a request would be told now', label: `${row.id}: what a request would be told now`, name: 'explain' })
-      : button('Run now', () => start(row.id), { why: whyNot('enqueue'), label: `Run ${row.id} now`, name: 'run' })));
+      ? button(['409', icon('chevron')], toggle, { kind: `quiet disclose${isOpen ? ' open' : ''}`, title: 'What a request would be told now', label: `409: what a request for ${row.id} would be told now`, name: 'explain' })
+      : button('Run now', () => start(row.id), { why: whyNot('enqueue'), label: `Run now: ${row.id}`, name: 'run' })));
 }
 
 function slot(row, typical) {

@@ -54,7 +54,7 @@ export function system() {
           figure(number(counts.queued ?? 0), 'queued', link('runs', { status: 'queued' })),
           figure(oldest ? time(oldest, 'since') : '–', 'oldest queued', link('runs', { status: 'queued' }), oldest && age(oldest) > 60 ? 'warn' : ''),
           figure(number(counts.waiting ?? 0), 'waiting for a slot', link('runs', { status: 'waiting' })),
-          figure(number(done), `done, of the last hour’s`, link('runs', { hours: 1 })),
+          figure(number(done), 'done in the last hour', link('runs', { hours: 1 })),
           figure(number(bad), 'of these went wrong', link('runs', { hours: 1, status: 'failed,timed_out,stale' }), bad ? 'warn' : '')),
         panel('Queues', queues.length
           ? h('div.table.queues', { role: 'table', 'aria-label': 'Queues' }, h('div.tr.th', { role: 'row' }, h('div', { role: 'columnheader' }, 'Queue'), LIVE.toReversed().map((status) => h('div.num', { role: 'columnheader' }, badge(status))), h('div', { role: 'columnheader' })), queues.map(row))

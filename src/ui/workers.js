@@ -23,7 +23,7 @@ export function workers() {
       const held = Map.groupBy ? Map.groupBy(running, (run) => run.worker) : group(running);
       const names = [...new Set([...(seen ?? []).map((worker) => worker.name), ...held.keys()])].sort();
       return [
-        h('div.head', null, h('h1', null, 'Workers'), h('p.sub', null, `${plural(names.length, 'worker')} ${seen ? '' : 'at work'}, ${plural(running.length, 'run')} in hand`)),
+        h('div.head', null, h('h1', null, 'Workers'), h('p.sub', null, `${plural(names.length, 'worker')}${seen ? '' : ' at work'}, ${plural(running.length, 'run')} in hand`)),
         names.length ? h('div.cards', null, names.map((name) => card(name, (seen ?? []).find((worker) => worker.name === name), held.get(name) ?? []))) : nobody(seen),
       ];
     },

@@ -90,7 +90,7 @@ export function workflow(id) {
         it?.pause ? h('div.why', null, h('p', null, h('b', null, `Paused by ${it.pause.paused_by}`), ' ', time(it.pause.paused_at), it.pause.reason ? `: ${it.pause.reason}` : ', without a reason.')) : null,
         h('div.columns-2', null,
           h('div', null,
-            panel(`Last ${past.length === 100 ? '60' : number(past.length)} runs`, h('div.figures', null, h('div', null, h('b', null, rate === null ? '–' : percent(rate)), h('span', null, judged ? `succeeded, of ${judged}` : 'succeeded')), h('div', null, h('b', null, duration(typical)), h('span', null, 'typical')), h('div', null, h('b', null, past[0] ? time(past[0].finished_at) : '–'), h('span', null, 'last end'))), chart(past, runLink)),
+            panel(past.length < 2 ? 'Last run' : `Last ${past.length === 100 ? '60' : number(past.length)} runs`, h('div.figures', null, h('div', null, h('b', null, rate === null ? '–' : percent(rate)), h('span', null, judged ? `succeeded, of ${judged}` : 'succeeded')), h('div', null, h('b', null, duration(typical)), h('span', null, 'typical')), h('div', null, h('b', null, past[0] ? time(past[0].finished_at) : '–'), h('span', null, 'last end'))), chart(past, runLink)),
             panel('Runs', recent([...live, ...past].slice(0, 12)), h('p', null, h('a', { href: link('runs', { workflow_id: id }) }, 'All its runs'))),
             it ? panel('From a shell', curl('POST', `/api/v1/workflows/${encodeURIComponent(id)}/runs`, {})) : null),
           h('aside', null, slot(), it ? [schedule(), definition()] : null)),

@@ -60,14 +60,14 @@ impl Drop for Worker {
 }
 
 /// Whether all of `tools` are here. Where one is not, the test is skipped.
-fn has(tools: &[&str]) -> bool {
+pub fn has(tools: &[&str]) -> bool {
     let folders: Vec<_> = std::env::split_paths(&std::env::var_os("PATH").unwrap()).collect();
     let missing: Vec<_> =
         tools.iter().filter(|tool| !folders.iter().any(|folder| folder.join(tool).exists())).collect();
     if missing.is_empty() {
         return true;
     }
-    skipped(&format!("a worker of examples/ can't be tested without {missing:?}"));
+    skipped(&format!("this can't be tested without {missing:?}"));
     false
 }
 

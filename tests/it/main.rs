@@ -28,6 +28,7 @@ mod dashboard;
 mod definitions;
 mod demo;
 mod dev;
+mod docs;
 mod doctor;
 mod embedded;
 mod enqueue;

@@ -23,7 +23,7 @@ fn role(test: &TestDb, name: &str) -> PgConnectOptions {
 }
 
 /// A database that the owner has migrated, with all grants.
-async fn granted() -> TestDb {
+pub async fn granted() -> TestDb {
     let test = TestDb::bare().await;
     sqlx::raw_sql(CREATE).execute(&test.sql).await.unwrap();
     sqlx::raw_sql(CREATE).execute(&test.sql).await.unwrap(); // another database of the server did it before

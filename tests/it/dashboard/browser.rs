@@ -69,6 +69,12 @@ impl Browser {
         self.run(&format!("location.hash = {}", json!(hash))).await;
     }
 
+    /// Goes to a screen, and waits until it is there.
+    pub async fn reach(&self, hash: &str) {
+        self.go(hash).await;
+        self.until("document.querySelector('main h1, main .why') && !document.querySelector('.loading')").await;
+    }
+
     /// Waits until the expression is true.
     pub async fn until(&self, expression: &str) {
         let script = format!("return Boolean({expression})");

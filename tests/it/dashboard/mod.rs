@@ -1,5 +1,6 @@
 //! The dashboard, as a browser shows it.
 
+mod accessible;
 mod browser;
 mod pictures;
 

@@ -1,14 +1,16 @@
 //! `make screenshots`: every screen in light and dark, wide and narrow, with no runs, with a few, and with thousands.
 
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use super::browser::Browser;
 use crate::support::database::TestDb;
+use crate::support::eventually;
 use crate::support::replica::{Client, Replica};
 
-const SCREENS: [(&str, &str); 6] = [
+pub(super) const SCREENS: [(&str, &str); 6] = [
     ("slots", "#/"),
     ("runs", "#/runs"),
     ("run", "#/runs/RUN"),
@@ -17,8 +19,13 @@ const SCREENS: [(&str, &str); 6] = [
     ("system", "#/system"),
 ];
 
+/// The address of a screen; `None` for that of a run where there is none.
+pub(super) fn shown(hash: &str, run: Option<&str>) -> Option<String> {
+    if hash.contains("RUN") { Some(hash.replace("RUN", run?)) } else { Some(hash.to_owned()) }
+}
+
 /// Workflows as people have them, and about `count` runs of them.
-async fn fill(client: &Client, count: usize) -> Option<String> {
+pub(super) async fn fill(client: &Client, count: usize) -> Option<String> {
     if count == 0 {
         return None;
     }
@@ -53,17 +60,49 @@ async fn pictures_of_every_screen() {
             for (size, width, height) in [("wide", 1280, 900), ("narrow", 390, 900)] {
                 page.resize(width, height).await;
                 for (name, hash) in SCREENS {
-                    let Some(hash) =
-                        run.as_ref().map(|id| hash.replace("RUN", id)).or((name != "run").then(|| hash.into()))
-                    else {
-                        continue;
-                    };
-                    page.go(&hash).await;
-                    page.until("document.querySelector('main h1, main .why') && !document.querySelector('.loading')")
-                        .await;
+                    let Some(hash) = shown(hash, run.as_deref()) else { continue };
+                    page.reach(&hash).await;
                     page.picture(&folder.join(format!("{count}-{name}-{theme}-{size}.png"))).await;
                 }
             }
         }
     }
+}
+
+/// Workflows in each state that the first screen can show, with some past.
+async fn everyday(client: &Client) {
+    client.define("e2e", "sleep 0.$(shuf -i 1-9 -n 1); grep -q fail && exit 1; exit 0").await;
+    client.define("import", "sleep 0.$(shuf -i 2-4 -n 1)").await;
+    client.define("deploy", "echo going; exec sleep 600").await;
+    client.define("migrate", "exec sleep 600").await;
+    client.define("nightly-report", "sleep 0.3").await;
+    for at in 0..20 {
+        for id in ["e2e@shop", "e2e@admin", "import", "nightly-report"] {
+            let input = if id == "e2e@admin" && at % 6 == 4 { "fail" } else { "pass" };
+            client.post(&format!("/api/v1/workflows/{id}/runs"), json!({"input": input, "on_conflict": "wait"})).await;
+        }
+    }
+    eventually("all of them are over", Duration::from_secs(120), async || {
+        let counts = client.get("/api/v1/runs/counts").await.body;
+        ["waiting", "queued", "running"].iter().all(|status| counts[status] == 0).then_some(())
+    })
+    .await;
+    for id in ["deploy@prod", "migrate", "migrate", "e2e@shop"] {
+        client.post(&format!("/api/v1/workflows/{id}/runs"), json!({"on_conflict": "wait"})).await;
+    }
+    client.post("/api/v1/workflows/import/pause", json!({"reason": "the disk is full"})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "makes the picture of the README: make screenshots"]
+async fn pictures_of_the_readme() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    everyday(&replica.client).await;
+    let Some(page) = Browser::open(&replica.client.base).await else { return };
+    page.resize(1160, 580).await;
+    page.until("document.querySelectorAll('[data-key] .s-running').length >= 2").await;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/images/dashboard.png");
+    page.picture(&file).await;
+    assert!(std::fs::metadata(file).unwrap().len() < 150_000, "too large to be committed");
 }
