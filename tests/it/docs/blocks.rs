@@ -27,7 +27,7 @@ impl Block {
 
     /// Why it is not run.
     pub fn not_run(&self) -> Option<&str> {
-        self.marks.iter().find_map(|mark| mark.strip_prefix("no-run:"))
+        self.marks.iter().find_map(|mark| mark.strip_prefix("no-run")).map(|why| why.trim_start_matches(':'))
     }
 
     /// The file that it is to be, for the blocks that follow.
