@@ -110,6 +110,10 @@ fn every_error_is_documented_as_what_is_answered() {
             ["400", "413", "415", "422"].into_iter().for_each(documents);
         }
         for (status, response) in responses.iter().filter(|(status, _)| !status.starts_with('2')) {
+            if status == "304" {
+                assert!(response.get("content").is_none(), "{method} {path}: 304 has no body");
+                continue;
+            }
             let content: Vec<_> = response["content"].as_object().unwrap().iter().collect();
             let [(kind, body)] = content[..] else { panic!("{method} {path} {status}: {content:?}") };
             assert_eq!(kind, "application/problem+json", "{method} {path} {status}");

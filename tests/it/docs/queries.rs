@@ -2,12 +2,12 @@
 
 use serde_json::json;
 use singletrack::domain::Status;
-use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+use sqlx::{Connection as _, PgConnection};
 
 use super::blocks::{Block, Page};
 use crate::roles::granted;
 use crate::support::calls::LIMIT;
-use crate::support::database::TestDb;
+use crate::support::database::{TestDb, run_sql};
 use crate::support::replica::{Answer, Client, Replica};
 use crate::support::{eventually, plant};
 
@@ -64,7 +64,7 @@ async fn read(sql: &mut PgConnection, block: &Block) -> Result<(), String> {
     let mut reading = sql.begin().await.unwrap();
     sqlx::raw_sql("set transaction read only; set local role singletrack_reader").execute(&mut *reading).await.unwrap();
     for statement in statements(block) {
-        let rows = sqlx::raw_sql(AssertSqlSafe(statement.clone())).fetch_all(&mut *reading).await;
+        let rows = run_sql(&mut *reading, statement.clone()).await;
         let rows = rows.map_err(|error| format!("{error}\n{statement}"))?.len();
         if (rows == 0) != statement.contains("-- empty") {
             return Err(format!("{rows} rows of\n{statement}"));
@@ -77,7 +77,7 @@ async fn read(sql: &mut PgConnection, block: &Block) -> Result<(), String> {
 async fn write(sql: &mut PgConnection, block: &Block) -> Result<(), String> {
     let statements = block.text().replace("begin;", "").replace("commit;", "");
     let mut writing = sql.begin().await.unwrap();
-    let done = sqlx::raw_sql(AssertSqlSafe(statements)).execute(&mut *writing).await;
+    let done = run_sql(&mut *writing, statements).await;
     writing.rollback().await.unwrap();
     done.map(|_| ()).map_err(|error| error.to_string())
 }

@@ -10,7 +10,7 @@ use rustix::fs::{FlockOperation, flock};
 use singletrack::config::DatabaseUrl;
 use singletrack::dev::{Options, Postgres};
 use singletrack::store::{Db, LIMIT, Servers, migrate};
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions, PgRow};
 use tokio::sync::OnceCell;
 
 const TEMPLATE: &str = "singletrack_template";
@@ -151,10 +151,14 @@ fn url(database: &str) -> String {
     shared().url(database)
 }
 
+/// Statements that are put together, or read from a page: the tests' own, and nobody else's.
+pub async fn run_sql(sql: impl sqlx::PgExecutor<'_>, statements: String) -> sqlx::Result<Vec<PgRow>> {
+    sqlx::raw_sql(sqlx::AssertSqlSafe(statements)).fetch_all(sql).await
+}
+
 async fn create(admin: &PgPool, name: &str, template: Option<&str>) {
     let template = template.map(|template| format!("template {template}")).unwrap_or_default();
-    let statement = format!("create database {name} {template}");
-    sqlx::raw_sql(sqlx::AssertSqlSafe(statement)).execute(admin).await.unwrap();
+    run_sql(admin, format!("create database {name} {template}")).await.unwrap();
 }
 
 async fn make_template() {
@@ -166,16 +170,13 @@ async fn make_template() {
             .unwrap();
     assert_eq!(durable, "ononon", "what is proved without durability is not proved");
     // Left by a run before this one, and perhaps by older migrations.
-    sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop database if exists {TEMPLATE} with (force)")))
-        .execute(&admin)
-        .await
-        .unwrap();
+    run_sql(&admin, format!("drop database if exists {TEMPLATE} with (force)")).await.unwrap();
     let old: Vec<String> = sqlx::query_scalar("select datname::text from pg_database where datname like 'test\\_%'")
         .fetch_all(&admin)
         .await
         .unwrap();
     for name in old {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("drop database {name} with (force)"))).execute(&admin).await.unwrap();
+        run_sql(&admin, format!("drop database {name} with (force)")).await.unwrap();
     }
     create(&admin, TEMPLATE, None).await;
     admin.close().await;
