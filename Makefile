@@ -2,10 +2,10 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fault bench screenshots prepare lint
+.PHONY: help run test schemathesis fault bench screenshots prepare lint
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 run: ## build and start everything, with a Postgres of its own (ARGS="--help": what dev takes)
 	@.ci/tools cargo cc
@@ -19,6 +19,9 @@ test: ## every test, against a Postgres of its own (PG=18: of that version; TEST
 	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the tests start a Postgres of their own"
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		exec cargo test --locked $(TESTARGS)
+
+schemathesis: ## two minutes of requests made from the OpenAPI document, to see that every answer is in it (SEED=7, SECONDS_OF_IT=600)
+	@SEED=$(SEED) SECONDS_OF_IT=$(SECONDS_OF_IT) tests/schemathesis/run
 
 fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18, POOLER=1)
 	@.ci/tools cargo cc faketime setpriv pgbouncer

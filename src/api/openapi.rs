@@ -1,14 +1,22 @@
 //! The OpenAPI document.
 
+mod links;
+
 use axum::Json;
 use utoipa::PartialSchema as _;
 use utoipa::openapi::header::HeaderBuilder;
-use utoipa::openapi::path::Operation;
+use utoipa::openapi::path::{Operation, ParameterIn};
 use utoipa::openapi::response::ResponseBuilder;
+use utoipa::openapi::schema::Schema;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Content, ContentBuilder, OpenApi, PathItem, Ref, RefOr, Response};
 
 const PROBLEM_JSON: &str = "application/problem+json";
+/// What any request can meet before its handler.
+const NOT_OURS: &str = "`host-not-allowed`, `origin-not-allowed`: not the service's own.";
+/// The form of a workflow's id, and of a queue's name, as regular expressions of JSON Schema; `domain/workflow.rs` checks it.
+const WORKFLOW_ID: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[A-Za-z0-9][A-Za-z0-9._-]{0,63})?$";
+const QUEUE: &str = "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$";
 
 /// The document of every route.
 pub fn document() -> OpenApi {
@@ -28,9 +36,16 @@ pub fn document() -> OpenApi {
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
             if path.starts_with("/api/v1/") {
-                operation.responses.responses.insert("default".into(), any_other_problem());
+                let responses = &mut operation.responses.responses;
+                responses.insert("500".into(), problem("`internal`: it failed, and the service's log has the cause."));
+                responses.insert("403".into(), problem(NOT_OURS));
             }
             complete(operation);
+            if path.starts_with("/api/v1/workflows/") || path.starts_with("/api/v1/schedules/") {
+                form_of_the_name(operation, WORKFLOW_ID);
+            } else if path.starts_with("/api/v1/queues/") {
+                form_of_the_name(operation, QUEUE);
+            }
             if operation.security.as_deref().unwrap_or_default().len() > 1 {
                 let responses = &mut operation.responses.responses;
                 responses.insert("401".into(), unknown_caller());
@@ -39,15 +54,28 @@ pub fn document() -> OpenApi {
                     .or_insert_with(|| problem("`too-many-requests`: the key is over its rate."));
                 responses.insert(
                     "403".into(),
-                    problem(
-                        "`not-allowed`: the key does not have the scope, or is bound to other \
-                    workflows. `host-not-allowed`, `origin-not-allowed`: not the service's own.",
-                    ),
+                    problem(&format!(
+                        "`not-allowed`: the key does not have the scope, or is bound to other workflows. {NOT_OURS}"
+                    )),
                 );
             }
         }
     }
+    links::add(&mut document);
     document
+}
+
+/// Says what the name in the path looks like.
+fn form_of_the_name(operation: &mut Operation, pattern: &str) {
+    let parameters = operation.parameters.iter_mut().flatten();
+    for parameter in parameters.filter_map(|parameter| match parameter {
+        RefOr::T(parameter) if parameter.parameter_in == ParameterIn::Path => Some(parameter),
+        _ => None,
+    }) {
+        if let Some(RefOr::T(Schema::Object(schema))) = &mut parameter.schema {
+            schema.pattern = Some(pattern.into());
+        }
+    }
 }
 
 pub(super) fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
@@ -70,14 +98,6 @@ fn meaning(status: &str) -> &'static str {
         "503" => "`database-unavailable`, `database-busy` or `contended`: repeat it after the time in `Retry-After`.",
         _ => "",
     }
-}
-
-/// What any request can meet before and beside its handler.
-fn any_other_problem() -> RefOr<Response> {
-    problem(
-        "403 `host-not-allowed`, `origin-not-allowed`: not the service's own. 405 `method-not-allowed`. \
-         500 `internal`: it failed, and its log has the cause.",
-    )
 }
 
 fn problem(meaning: &str) -> RefOr<Response> {

@@ -40,7 +40,7 @@ pub(super) struct Ticks {
     get, path = "/api/v1/schedules/{workflow_id}/next", operation_id = "next_ticks",
     tag = TAG,
     params(("workflow_id" = String, Path, description = "Workflow id", example = "nightly-report"),
-           ("count" = Option<i64>, Query, description = "1 to 100; 10 without it")),
+           ("count" = Option<i64>, Query, minimum = 1, maximum = 100, description = "10 without it")),
     responses((status = 200, body = Ticks), (status = 404, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn next(

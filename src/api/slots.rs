@@ -15,8 +15,8 @@ use crate::store::{Db, slots, workers};
 /// One per workflow id and instance, in the order of their ids: who has it, who waits, how the last 20 runs went. What a 409 would say.
 #[utoipa::path(
     get, path = "/api/v1/slots", operation_id = "list_slots", tag = "runs",
-    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    params(("limit" = Option<i64>, Query, minimum = 1, maximum = 200, description = "50 without it"),
+           ("cursor" = Option<String>, Query, min_length = 1, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Slot>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Slot>, Problem> {
@@ -34,8 +34,8 @@ pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Param
 /// were seen. `running` are runs that they have, of those that the key may see.
 #[utoipa::path(
     get, path = "/api/v1/workers", operation_id = "list_workers", tag = "workers",
-    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    params(("limit" = Option<i64>, Query, minimum = 1, maximum = 200, description = "50 without it"),
+           ("cursor" = Option<String>, Query, min_length = 1, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Worker>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn workers(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Worker>, Problem> {

@@ -22,8 +22,8 @@ const TAG: &str = "workflows";
 /// The current revisions, newest workflow first.
 #[utoipa::path(
     get, path = "/api/v1/workflows", operation_id = "list_workflows", tag = TAG,
-    params(("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+    params(("limit" = Option<i64>, Query, minimum = 1, maximum = 200, description = "50 without it"),
+           ("cursor" = Option<String>, Query, min_length = 1, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Workflow>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Params) -> Result<Page<Workflow>, Problem> {
@@ -163,8 +163,8 @@ pub(super) async fn delete(
     get, path = "/api/v1/workflows/{id}/revisions", operation_id = "list_revisions",
     tag = TAG,
     params(("id" = String, Path, description = "Workflow id", example = "deploy"),
-           ("limit" = Option<i64>, Query, description = "1 to 200; 50 without it"),
-           ("cursor" = Option<String>, Query, description = "`next_cursor` of the page before")),
+           ("limit" = Option<i64>, Query, minimum = 1, maximum = 200, description = "50 without it"),
+           ("cursor" = Option<String>, Query, min_length = 1, description = "`next_cursor` of the page before")),
     responses((status = 200, body = Page<Revision>, headers(("Link" = String, description = "`rel=\"next\"`: the next page, where there is one"))), (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn revisions(

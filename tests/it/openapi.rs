@@ -102,7 +102,8 @@ fn every_error_is_documented_as_what_is_answered() {
             continue;
         }
         documents("503");
-        documents("default"); // what any request can meet: a refused Host or Origin, a failure inside
+        ["403", "500"].into_iter().for_each(documents); // a refused Host or Origin, a failure inside
+        assert!(!responses.contains_key("default"), "{method} {path}: it would document any answer");
         if path.contains('{') {
             documents("422");
         }
@@ -120,6 +121,26 @@ fn every_error_is_documented_as_what_is_answered() {
             assert_eq!(body["schema"]["$ref"], "#/components/schemas/Problem", "{method} {path} {status}");
         }
     }
+}
+
+#[test]
+fn every_link_leads_to_an_operation_that_takes_what_it_hands_on() {
+    let document = document();
+    let all = operations(&document);
+    let named = |id: &Value| all.iter().find(|(_, _, operation)| operation["operationId"] == *id);
+    let mut links = 0;
+    for (method, path, operation) in &all {
+        let answers = operation["responses"].as_object().unwrap();
+        for link in answers.values().filter_map(|answer| answer["links"].as_object()).flat_map(|links| links.values()) {
+            let (_, _, next) = named(&link["operationId"]).unwrap_or_else(|| panic!("{method} {path}: {link}"));
+            for name in link["parameters"].as_object().unwrap().keys() {
+                let takes = next["parameters"].as_array().unwrap().iter().any(|parameter| parameter["name"] == **name);
+                assert!(takes, "{method} {path}: {link}");
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 30, "{links}");
 }
 
 /// Every `$ref` in a document.
