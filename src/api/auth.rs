@@ -297,6 +297,9 @@ pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next
 
 async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Problem> {
     guard::check_origin(&api.facts, request)?;
+    if request.uri.path().starts_with("/api/") {
+        guard::check_accept(request)?;
+    }
     let scope = needs.scope(&request.method, request.extensions.get());
     let Some(scope) = scope else {
         if !request.uri.path().starts_with("/api/") {

@@ -13,11 +13,15 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::problem::{Mistake, Place, Problem};
 use crate::domain::json;
 use crate::domain::workflow::check_key;
+
+/// How long a body may take to arrive: 32 MiB over a line of 5 Mbit/s.
+const BODY_TIME: Duration = Duration::from_secs(60);
 
 /// A body of JSON. An empty body with the right content type is `{}`.
 pub(super) struct Json<T>(pub(super) T);
@@ -29,7 +33,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
         if !is_json(request.headers()) {
             return Err(Problem::not_json());
         }
-        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
+        let body = whole(request, state, BODY_TIME).await?;
         parse(&body).map(Self)
     }
 }
@@ -50,7 +54,7 @@ impl<S: Send + Sync, T: Default + DeserializeOwned> FromRequest<S> for Optional<
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let (untyped, json) = (!request.headers().contains_key(header::CONTENT_TYPE), is_json(request.headers()));
-        let body = Bytes::from_request(request, state).await.map_err(unreadable)?;
+        let body = whole(request, state, BODY_TIME).await?;
         if untyped && body.is_empty() {
             return Ok(Self(T::default()));
         }
@@ -65,6 +69,12 @@ pub(super) fn is_json(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let essence = kind.split(';').next().unwrap_or_default().trim();
     essence.eq_ignore_ascii_case("application/json")
+}
+
+/// The body, when it arrives in time.
+async fn whole<S: Send + Sync>(request: Request, state: &S, limit: Duration) -> Result<Bytes, Problem> {
+    let arrived = timeout(limit, Bytes::from_request(request, state)).await;
+    arrived.map_err(|_| Problem::body_too_slow(limit))?.map_err(unreadable)
 }
 
 fn unreadable(rejection: BytesRejection) -> Problem {
@@ -239,4 +249,18 @@ pub(super) fn preferred_wait(headers: &HeaderMap, longest: Duration) -> Result<O
         }
     }
     Ok(wait)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_that_does_not_end_is_408() {
+        let body = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        let refused = whole(Request::new(body), &(), Duration::from_millis(10)).await.unwrap_err();
+        assert_eq!((refused.status(), refused.cause()), (StatusCode::REQUEST_TIMEOUT, "body-too-slow"));
+    }
 }

@@ -7,6 +7,10 @@ use axum::http::request::Parts;
 use super::Facts;
 use super::problem::Problem;
 
+/// What `Accept` may ask for.
+const OURS: [&str; 6] =
+    ["*/*", "application/*", "application/json", "application/problem+json", "text/*", "text/event-stream"];
+
 fn text(request: &Parts, name: header::HeaderName) -> Option<String> {
     request.headers.get(name).map(|value| value.to_str().unwrap_or("?").to_owned())
 }
@@ -27,6 +31,20 @@ pub(super) fn check_origin(facts: &Facts, request: &Parts) -> Result<(), Problem
         Some(origin) if !is_our_origin(facts, &origin) => Err(Problem::refused_origin(&origin)),
         _ => Ok(()),
     }
+}
+
+/// Refuses a request whose sender could do nothing with any answer of ours.
+pub(super) fn check_accept(request: &Parts) -> Result<(), Problem> {
+    let is_ours = |kind: &str| {
+        let kind = kind.split(';').next().unwrap_or_default().trim();
+        OURS.iter().any(|ours| kind.eq_ignore_ascii_case(ours))
+    };
+    let mut asked = request.headers.get_all(header::ACCEPT).iter().map(|kinds| kinds.to_str().unwrap_or_default());
+    // None at all is anything (RFC 9110, 12.5.1).
+    if request.headers.contains_key(header::ACCEPT) && !asked.any(|kinds| kinds.split(',').any(is_ours)) {
+        return Err(Problem::not_acceptable());
+    }
+    Ok(())
 }
 
 fn is_our_origin(facts: &Facts, origin: &str) -> bool {

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 
 use super::Api;
 use super::auth::Caller;
-use super::problem::Problem;
+use super::problem::{self, Problem};
 use crate::metrics::{MEDIA_TYPE, METRICS, render};
 use crate::store::depth::depth;
 
@@ -81,12 +81,13 @@ async fn ask(api: &Api) {
     }
 }
 
-/// Measures each request until its answer begins.
+/// Measures each request until its answer begins. Nobody is in front of it who answers with a problem.
 pub(super) async fn measure(request: Request, next: Next) -> Response {
     let since = Instant::now();
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let response = next.run(request).await;
+    let id = request.extensions().get().cloned();
+    let response = problem::answering(id, next.run(request)).await;
     // A path that no route has is anybody's invention, and so are methods.
     if let Some(route) = route {
         let method = if KNOWN.contains(&method) { method.as_str() } else { "other" };

@@ -280,24 +280,26 @@ pub fn probes_router(api: Api) -> Router {
 fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
     let (router, document) = routes.split_for_parts();
     let gate = auth::Gate::new(api.clone(), &document);
-    let request_id = HeaderName::from_static("x-request-id");
-    router
+    let router = router
         .fallback(problem::no_such_route)
         .method_not_allowed_fallback(problem::no_such_method)
         .layer(middleware::from_fn_with_state(gate, auth::admit))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
-        .layer(middleware::from_fn(metrics::measure))
-        .layer(CatchPanicLayer::custom(problem::of_panic))
-        .layer(
-            ServiceBuilder::new()
-                .set_request_id(request_id.clone(), MakeRequestUuid)
-                .layer(TraceLayer::new_for_http().make_span_with(span).on_request(()).on_failure(()))
-                .propagate_request_id(request_id)
-                .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
-                .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
-                .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
-        )
-        .with_state(api)
+        .layer(DefaultBodyLimit::max(BODY_LIMIT));
+    surround(router).with_state(api)
+}
+
+/// What holds of every answer, whoever gives it.
+fn surround<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+    let request_id = HeaderName::from_static("x-request-id");
+    router.layer(CatchPanicLayer::custom(problem::of_panic)).layer(middleware::from_fn(metrics::measure)).layer(
+        ServiceBuilder::new()
+            .set_request_id(request_id.clone(), MakeRequestUuid)
+            .layer(TraceLayer::new_for_http().make_span_with(span).on_request(()).on_failure(()))
+            .propagate_request_id(request_id)
+            .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
+            .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
+            .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
+    )
 }
 
 /// Tells browsers what not to do with an answer; a page says for itself what it needs.

@@ -39,6 +39,10 @@ pub fn document() -> OpenApi {
                 let responses = &mut operation.responses.responses;
                 responses.insert("500".into(), problem("`internal`: it failed, and the service's log has the cause."));
                 responses.insert("403".into(), problem(NOT_OURS));
+                responses.insert("406".into(), problem("`not-acceptable`: `Accept` asks for nothing that there is."));
+                if operation.request_body.is_some() || responses.contains_key("415") {
+                    responses.insert("408".into(), problem("`body-too-slow`: it did not arrive within a minute."));
+                }
             }
             complete(operation);
             if path.starts_with("/api/v1/workflows/") || path.starts_with("/api/v1/schedules/") {

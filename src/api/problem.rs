@@ -1,18 +1,19 @@
 //! Errors as `application/problem+json` (RFC 9457): a stable `type` per cause.
 
 mod access;
+mod answer;
 
-use std::any::Any;
+use std::time::Duration;
 
-use axum::body::Body;
-use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
-use axum::response::IntoResponse;
+use axum::http::StatusCode;
 use chrono::Utc;
 use serde::Serialize;
 use uuid::Uuid;
 
 use crate::domain::{Holder, Pause, Status, WorkflowId};
 use crate::store;
+
+pub(super) use answer::{answering, no_such_method, no_such_route, of_panic};
 
 /// What `type` begins with; the cause follows.
 const TYPE: &str = "urn:singletrack:problem:";
@@ -33,7 +34,8 @@ pub(super) struct Problem {
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
     /// `not-authenticated`, `not-allowed`, `key-name-taken`, `too-many-requests`, `host-not-allowed`, `origin-not-allowed`,
-    /// `too-many-listeners`, `precondition-failed`, `contended`, `database-busy`, `database-unavailable`, `internal`.
+    /// `too-many-listeners`, `precondition-failed`, `not-acceptable`, `body-too-slow`, `contended`, `database-busy`,
+    /// `database-unavailable`, `internal`. docs/problems.md says of each when it is given and what to do.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
     cause: &'static str,
@@ -61,6 +63,9 @@ pub(super) struct Problem {
     /// With `workflow-paused`: who paused it, when and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pause: Option<Box<Pause>>,
+    /// What the service's log and the header `X-Request-Id` call this request; in a batch, its results have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    request_id: Option<Box<str>>,
     /// In seconds.
     #[serde(skip)]
     retry_after: Option<u16>,
@@ -110,6 +115,7 @@ impl Problem {
             run_id: None,
             holder: None,
             pause: None,
+            request_id: None,
             retry_after: None,
             for_the_log: None,
         }
@@ -271,6 +277,19 @@ impl Problem {
             .with_detail("Send the header Content-Type: application/json.")
     }
 
+    pub(super) fn not_acceptable() -> Self {
+        Self::new(StatusCode::NOT_ACCEPTABLE, "not-acceptable", "There is nothing of the kind that is asked for")
+            .with_detail(
+                "Answers are application/json, or text/event-stream where something is followed: accept one of them.",
+            )
+    }
+
+    pub(super) fn body_too_slow(limit: Duration) -> Self {
+        Self::new(StatusCode::REQUEST_TIMEOUT, "body-too-slow", "The body took too long to arrive").with_detail(
+            format!("It has {} seconds; nothing was done. Send it faster, or fewer things at once.", limit.as_secs()),
+        )
+    }
+
     pub(super) fn too_large() -> Self {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "too-large", "The body is too large").with_detail(format!(
             "At most {} bytes; to /leases/finish as many more as SINGLETRACK_OUTPUT_BYTES says. Send fewer things at once, or \
@@ -417,45 +436,4 @@ fn retry_after(holder: &Holder) -> u16 {
     let Some(at) = holder.expected_end_at.or(holder.available_at) else { return RETRY };
     let seconds = (at - Utc::now()).num_seconds().clamp(0, 60) as u16;
     if seconds == 0 { RETRY } else { seconds }
-}
-
-impl IntoResponse for Problem {
-    fn into_response(self) -> axum::response::Response {
-        self.log();
-        let body = serde_json::to_vec(&self).unwrap_or_default();
-        let mut response = Response::new(Body::from(body));
-        *response.status_mut() = self.status;
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if self.status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        if let Some(after) = self.retry_after {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from(after));
-        }
-        if let (Some(run_id), Some(_)) = (self.run_id, &self.holder)
-            && let Ok(location) = HeaderValue::try_from(super::run_path(run_id))
-        {
-            headers.insert(header::LOCATION, location);
-        }
-        response
-    }
-}
-
-/// Answers what no route matches.
-pub(super) async fn no_such_route(uri: Uri) -> Problem {
-    Problem::not_found(&format!("No route is at {}. /openapi.json lists them.", uri.path().escape_debug()))
-}
-
-/// Answers a method that a route does not have.
-pub(super) async fn no_such_method(method: Method, uri: Uri) -> Problem {
-    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "The route does not have this method")
-        .with_detail(format!("{method} {}: the header Allow names the methods it has.", uri.path().escape_debug()))
-}
-
-/// Answers a request whose handler panicked.
-pub(super) fn of_panic(panic: Box<dyn Any + Send + 'static>) -> axum::response::Response {
-    let text =
-        panic.downcast_ref::<&str>().map(|text| (*text).to_owned()).or_else(|| panic.downcast_ref::<String>().cloned());
-    Problem::internal(format!("panic: {}", text.unwrap_or_default())).into_response()
 }

@@ -81,7 +81,7 @@ async fn a_taken_slot_is_answered_with_the_run_that_holds_it() {
     for (workflow, holder, status) in [("w", queued, "queued"), ("busy", running, "running")] {
         let refused = replica.client.enqueue(workflow).await;
         assert_eq!((refused.status, refused.cause()), (409, "slot-taken"), "{refused:?}");
-        assert_eq!(refused.names(), ["detail", "holder", "run_id", "status", "title", "type"]);
+        assert_eq!(refused.names(), ["detail", "holder", "request_id", "run_id", "status", "title", "type"]);
         assert_eq!(refused.run_id(), holder);
         assert_eq!(refused.headers["location"], format!("/api/v1/runs/{holder}"));
         assert!(refused.headers["retry-after"].to_str().unwrap().parse::<u32>().unwrap() > 0);

@@ -63,6 +63,7 @@ mod pins;
 mod policies;
 mod pooler;
 mod printing;
+mod problems;
 mod properties;
 mod pull;
 mod pull_leases;

@@ -103,6 +103,8 @@ impl Answer {
     /// The cause in a problem's type.
     pub fn cause(&self) -> &str {
         assert_eq!(self.headers["content-type"], "application/problem+json", "{self:?}");
+        assert_eq!(self.body["status"], self.status, "{self:?}");
+        assert_eq!(self.body["request_id"], self.headers["x-request-id"].to_str().unwrap(), "{self:?}");
         self.body["type"].as_str().unwrap().strip_prefix("urn:singletrack:problem:").unwrap()
     }
 
