@@ -64,6 +64,7 @@
 //! | module | what it is | may use |
 //! |---|---|---|
 //! | [`config`], [`telemetry`] | settings from flags and environment; the service's own log | domain, executor, config |
+//! | [`traces`] | attempts as spans, sent over OTLP where that is asked for; anybody may tell of one | domain, tls |
 //! | [`metrics`] | what the process counts, for Prometheus; anybody may count | nothing of ours |
 //! | `tls` | whose certificates are trusted where we call somebody | nothing of ours |
 //! | [`domain`] | pure values and decisions: [`domain::status`] has the one table of transitions | nothing of ours |
@@ -120,6 +121,7 @@ pub mod config;
 pub mod metrics;
 pub mod telemetry;
 pub(crate) mod tls;
+pub mod traces;
 
 pub mod cli;
 pub mod dev;

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::auth::Caller;
 use super::enqueue::{Started, start_all};
-use super::extract::{Actor, Json, refuse_headers};
+use super::extract::{Actor, Json, Traceparent, refuse_headers};
 use super::problem::{Place, Problem};
 use super::{Api, to_its_end};
 use crate::domain::{Status, WorkflowId};
@@ -152,7 +152,8 @@ pub(super) async fn cancel(
 /// waits for it where the workflow says so. With `dry_run` nothing is done.
 #[utoipa::path(
     post, path = "/api/v1/runs/rerun", operation_id = "rerun_runs", tag = TAG,
-    params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
+    params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
+           ("traceparent" = Option<String>, Header, description = "W3C trace context, which the attempts of the new runs continue")),
     request_body = Which,
     responses((status = 200, body = Done), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -160,6 +161,7 @@ pub(super) async fn rerun(
     State(api): State<Api>,
     caller: Caller,
     Actor(actor): Actor,
+    Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
     Json(which): Json<Which>,
 ) -> Result<axum::Json<Done>, Problem> {
@@ -172,7 +174,7 @@ pub(super) async fn rerun(
     let named = api.db.with(async |connection| runs::workflows_of(connection, &ids).await).await?;
     let again = |(id, workflow_id): (Uuid, String)| {
         let workflow_id = workflow_id.parse().map_err(Problem::internal)?;
-        Ok(Request { rerun_of: Some(id), ..Request::new(workflow_id, actor.clone()) })
+        Ok(Request { rerun_of: Some(id), traceparent, ..Request::new(workflow_id, actor.clone()) })
     };
     let requests = named.into_iter().map(again).collect::<Result<Vec<Request>, Problem>>()?;
     done.ids.clear();

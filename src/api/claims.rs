@@ -19,6 +19,7 @@ use crate::domain::{Run, WorkflowId};
 use crate::store;
 use crate::store::claim::{Claim, Claimed, FRESH, RECENT, claim as claim_runs, taken_before};
 use crate::store::workers::Subscription;
+use crate::traces;
 
 /// How often a claim that waits looks for runs, at most; for those that its own replica enqueues it is woken.
 const POLL: Duration = Duration::from_secs(1);
@@ -135,7 +136,8 @@ pub(super) struct LeaseTerms {
 }
 
 impl ClaimedRun {
-    fn of(Claimed { lease, run, .. }: Claimed, terms: &Terms) -> Self {
+    fn of(Claimed { lease, mut run, .. }: Claimed, terms: &Terms) -> Self {
+        run.traceparent = traces::hand_on(&run);
         // A claim fills it.
         let timeout = run.heartbeat_timeout_seconds.unwrap_or_default();
         let lease = LeaseTerms {

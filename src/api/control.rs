@@ -6,7 +6,7 @@ use axum::response::{IntoResponse as _, Response};
 
 use super::auth::Caller;
 use super::enqueue::start;
-use super::extract::{Actor, Id, Nothing, refuse_headers};
+use super::extract::{Actor, Id, Nothing, Traceparent, refuse_headers};
 use super::problem::Problem;
 use super::runs::{RunId, read};
 use super::{Api, run_path, to_its_end};
@@ -68,7 +68,8 @@ pub(super) async fn cancel(
 #[utoipa::path(
     post, path = "/api/v1/runs/{id}/rerun", operation_id = "rerun_run", tag = TAG,
     params(("id" = Uuid, Path, description = "The run to repeat"),
-           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
+           ("traceparent" = Option<String>, Header, description = "W3C trace context, which the new run's attempts continue")),
     responses((status = 200, body = Run, description = "`return_existing`: this run has the slot"),
               (status = 202, body = Run, headers(("Location" = String, description = "Where the new run is read"))),
               (status = 400, body = Problem), (status = 404, body = Problem, description = "No such run, or its workflow was deleted"),
@@ -83,12 +84,13 @@ pub(super) async fn rerun(
     caller: Caller,
     Id(RunId(id)): Id<RunId>,
     Actor(requested_by): Actor,
+    Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
     _: Nothing,
 ) -> Result<Response, Problem> {
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
     let repeated = read(&api.db, id, &caller).await?;
     let workflow_id = repeated.workflow_id.parse().map_err(Problem::internal)?;
-    let request = Request { rerun_of: Some(id), ..Request::new(workflow_id, requested_by) };
+    let request = Request { rerun_of: Some(id), traceparent, ..Request::new(workflow_id, requested_by) };
     Ok(start(&api, request).await?.into_response())
 }

@@ -11,7 +11,9 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use super::auth::Caller;
-use super::extract::{Actor, Id, Json, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers};
+use super::extract::{
+    Actor, Id, Json, Traceparent, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers,
+};
 use super::problem::{Mistake, Place, Problem};
 use super::runs::{LONGEST_WAIT, until_over};
 use super::{Api, run_path, to_its_end};
@@ -117,7 +119,8 @@ impl NewRun {
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Idempotency-Key" = Option<String>, Header, description = "1 to 255 characters, the caller's choice, per workflow"),
            ("Prefer" = Option<String>, Header, description = "`wait=30`: hold a 409 until the holder is over", example = "wait=30"),
-           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
+           ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
+           ("traceparent" = Option<String>, Header, description = "W3C trace context, which the run's attempts continue")),
     request_body = NewRun,
     responses((status = 200, body = Run, description = "`return_existing`: this run has the slot"),
               (status = 202, body = Run, headers(("Location" = String, description = "Where the run is read"))),
@@ -137,6 +140,7 @@ pub(super) async fn enqueue(
     caller: Caller,
     Id(workflow_id): Id<WorkflowId>,
     Actor(requested_by): Actor,
+    Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
     Json(new): Json<NewRun>,
 ) -> Result<Response, Problem> {
@@ -147,7 +151,7 @@ pub(super) async fn enqueue(
     if !mistakes.is_empty() {
         return Err(Problem::invalid(mistakes));
     }
-    let answer = start(&api, new.request(workflow_id, key, requested_by)).await;
+    let answer = start(&api, Request { traceparent, ..new.request(workflow_id, key, requested_by) }).await;
     match (answer, wait) {
         (Err(problem), Some(wait)) => {
             let holder = problem.slot_holder()?;
@@ -330,7 +334,8 @@ pub(super) struct BatchResults {
 #[utoipa::path(
     post, path = "/api/v1/runs/batch", operation_id = "enqueue_batch",
     tag = TAG,
-    params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address")),
+    params(("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
+           ("traceparent" = Option<String>, Header, description = "W3C trace context, which the attempts of all of them continue")),
     request_body = Batch,
     responses((status = 200, body = BatchResults), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
@@ -338,6 +343,7 @@ pub(super) async fn batch(
     State(api): State<Api>,
     caller: Caller,
     Actor(requested_by): Actor,
+    Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
     Json(batch): Json<Batch>,
 ) -> Result<axum::Json<BatchResults>, Problem> {
@@ -350,7 +356,7 @@ pub(super) async fn batch(
     let (mut requests, mut mistakes) = (Vec::with_capacity(batch.runs.len()), Vec::new());
     for (index, entry) in batch.runs.into_iter().enumerate() {
         match read_entry(&api, &caller, entry, &format!("/runs/{index}"), &requested_by) {
-            Ok(request) => requests.push(request),
+            Ok(request) => requests.push(Request { traceparent, ..request }),
             Err(wrong) => mistakes.extend(wrong),
         }
         if mistakes.len() > 100 {

@@ -17,8 +17,8 @@ use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::problem::{Mistake, Place, Problem};
-use crate::domain::json;
 use crate::domain::workflow::check_key;
+use crate::domain::{TraceContext, json};
 
 /// How long a body may take to arrive: 32 MiB over a line of 5 Mbit/s.
 const BODY_TIME: Duration = Duration::from_secs(60);
@@ -224,6 +224,21 @@ pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Pro
     }
 }
 
+/// What asks, where that is part of a trace (W3C Trace Context): one that is ill-formed, or given more than once, is none.
+pub(super) struct Traceparent(pub(super) Option<TraceContext>);
+
+impl<S: Send + Sync> FromRequestParts<S> for Traceparent {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
+        let mut given = parts.headers.get_all("traceparent").iter();
+        Ok(Self(match (given.next(), given.next()) {
+            (Some(context), None) => context.to_str().ok().and_then(|context| context.parse().ok()),
+            _ => None,
+        }))
+    }
+}
+
 /// Says in an answer that it may have been held for so long.
 pub(super) fn apply_wait(mut response: Response, wait: Duration) -> Response {
     if let Ok(applied) = HeaderValue::try_from(format!("wait={}", wait.as_secs())) {
@@ -260,7 +275,7 @@ mod tests {
     #[tokio::test]
     async fn a_body_that_does_not_end_is_408() {
         let body = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
-        let refused = whole(Request::new(body), &(), Duration::from_millis(10)).await.unwrap_err();
+        let refused = whole(Request::new(body), &(), Duration::from_millis(10)).await.expect_err("it does not arrive");
         assert_eq!((refused.status(), refused.cause()), (StatusCode::REQUEST_TIMEOUT, "body-too-slow"));
     }
 }

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use axum::extract::State;
 use axum::http::StatusCode;
+use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use uuid::Uuid;
@@ -21,6 +22,7 @@ use crate::store::claim::{self, Renewal};
 use crate::store::logs::{LAST_SEQ, Piece as StoredPiece};
 use crate::store::runs;
 use crate::store::settle::Settled;
+use crate::traces;
 
 pub(super) const TAG: &str = "workers";
 /// Leases in one request.
@@ -265,12 +267,14 @@ pub(super) async fn finish(
     let ends = ends.checked(|end| end.token, |end| end.check(api.facts.terms.output_bytes))?;
     let outcomes: Vec<_> = ends.into_iter().map(Finish::outcome).collect();
     let ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
+    let ends = outcomes.clone();
     let settler = api.settler.clone();
     let settled =
         to_its_end(async move { settler.settle_all(outcomes).await }).await?.map_err(|error| Problem::from(&*error))?;
     api.look_again(); // a slot may have been handed on
     let found = api.flights.with(async |connection| runs::these(connection, &ids).await).await?;
     let found: HashMap<Uuid, Run> = found.into_iter().map(|run| (run.id, run)).collect();
+    trace(&ends, &settled, &found);
     Ok(answers(ids.iter().zip(settled).map(|(id, settled)| {
         let result = match settled {
             Settled::Recorded(status) => {
@@ -288,6 +292,19 @@ pub(super) async fn finish(
         });
         Finished { result, run: run.cloned() }
     })))
+}
+
+/// Tells of the attempts that are over now. One that was claimed anew meanwhile is not what it was.
+fn trace(ends: &[(Lease, Outcome)], settled: &[Settled], found: &HashMap<Uuid, Run>) {
+    for ((lease, outcome), settled) in ends.iter().zip(settled) {
+        let run = found.get(&lease.run_id).filter(|run| run.fence == lease.fence);
+        if let (Some(run), Settled::Recorded(status)) = (run, settled)
+            && let Some(attempt) = traces::Attempt::of(run)
+        {
+            let started = run.started_at.unwrap_or_else(Utc::now).into();
+            attempt.end(&traces::End::of(started, outcome, *status));
+        }
+    }
 }
 
 /// A run to give back.

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Api;
 use super::auth::Caller;
 use super::enqueue::{Started, start as start_run};
-use super::extract::{Actor, is_json};
+use super::extract::{Actor, Traceparent, is_json};
 use super::problem::Problem;
 use crate::domain::{OnConflict, Run, WorkflowId};
 use crate::store;
@@ -77,6 +77,7 @@ pub(super) async fn start(
     State(api): State<Api>,
     caller: Caller,
     actor: Result<Actor, Problem>,
+    Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Response {
@@ -92,7 +93,8 @@ pub(super) async fn start(
     };
     // That server knew no such header: one that can't be read is no reason to refuse.
     let requested_by = actor.map_or_else(|_| "unknown".to_owned(), |Actor(name)| name);
-    let request = Request { on_conflict: Some(OnConflict::Reject), ..Request::new(workflow_id, requested_by) };
+    let request =
+        Request { on_conflict: Some(OnConflict::Reject), traceparent, ..Request::new(workflow_id, requested_by) };
     match start_run(&api, request).await {
         Ok(Started::Accepted(run) | Started::Existing(run)) => {
             let started = TestRun { success: true, message: "Test run started", script_run_id: run.id };

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::domain::{Holder, Pause, Status, WorkflowId};
 use crate::store;
 
+use answer::RequestName;
 pub(super) use answer::{answering, no_such_method, no_such_route, of_panic};
 
 /// What `type` begins with; the cause follows.
@@ -63,9 +64,10 @@ pub(super) struct Problem {
     /// With `workflow-paused`: who paused it, when and why.
     #[serde(skip_serializing_if = "Option::is_none")]
     pause: Option<Box<Pause>>,
-    /// What the service's log and the header `X-Request-Id` call this request; in a batch, its results have none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    request_id: Option<Box<str>>,
+    /// What the service's log and the header `X-Request-Id` call this request.
+    #[serde(skip_serializing_if = "RequestName::is_unknown")]
+    #[schema(value_type = Option<String>)]
+    request_id: RequestName,
     /// In seconds.
     #[serde(skip)]
     retry_after: Option<u16>,
@@ -115,7 +117,7 @@ impl Problem {
             run_id: None,
             holder: None,
             pause: None,
-            request_id: None,
+            request_id: RequestName,
             retry_after: None,
             for_the_log: None,
         }

@@ -28,6 +28,7 @@ use crate::app::{self, Role, Servers, Stop};
 use crate::config::{Config, Settings};
 use crate::dev::{self, Postgres};
 use crate::telemetry;
+use crate::traces;
 
 /// Exit code for wrong settings, command lines and files, as in sysexits.h.
 pub const USAGE: u8 = 64;
@@ -187,12 +188,18 @@ fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
     telemetry::install(&config).context("can't set up the log")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {
-        match command {
+        let sending = traces::install()?;
+        let done = match command {
             Service::Dev(_) => develop(config).await,
             Service::Serve(_) => replica(config, Role::Serve).await,
             Service::Worker(_) => replica(config, Role::Worker).await,
             Service::Migrate(_) => migrate(&servers(&config)?).await,
+        };
+        if let Some(sending) = sending {
+            // What is sent last needs this runtime.
+            tokio::task::spawn_blocking(|| sending.finish()).await?;
         }
+        done
     });
     // Whatever still blocks a thread must not keep the process.
     runtime.shutdown_background();

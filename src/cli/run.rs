@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::client::{Answer, Client, Connection, Failure};
 use super::output::{ago, coloured, duration, printable, say, say_json, seconds, tell, time, words};
 use super::watch::watch;
+use crate::domain::TraceContext;
 
 /// How often an enqueue is repeated whose answer was lost, and the time between.
 const TRIES: u32 = 10;
@@ -149,7 +150,10 @@ impl Run {
     /// Asks until there is an answer: with its key the request is the same one each time.
     async fn enqueue(&self, client: &Client, path: &str, body: &Value) -> Result<Answer, Failure> {
         let key = self.idempotency_key.clone().unwrap_or_else(|| Uuid::new_v4().to_string());
-        let headers = [("Idempotency-Key", key.as_str())];
+        // As a pipeline that is traced hands it to its steps.
+        let traceparent = std::env::var("TRACEPARENT").ok().filter(|context| context.parse::<TraceContext>().is_ok());
+        let mut headers = vec![("Idempotency-Key", key.as_str())];
+        headers.extend(traceparent.as_deref().map(|context| ("traceparent", context)));
         let mut tries = 1;
         loop {
             let asked = client.send(Method::POST, path, body, &headers).await;

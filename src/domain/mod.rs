@@ -12,6 +12,7 @@ pub mod run;
 pub mod schedule;
 pub mod status;
 pub mod text;
+pub mod trace;
 pub mod workflow;
 
 pub use executor::{Command, Executor, Http};
@@ -23,4 +24,5 @@ pub use retry::{Backoff, RetryOn};
 pub use run::{Holder, Lease, LogChunk, Pause, Run, StopCause, Stream};
 pub use schedule::{Missed, Schedule, Timetable};
 pub use status::{Event, Landing, Standing, Status, Transition};
+pub use trace::TraceContext;
 pub use workflow::{Definition, WorkflowId};

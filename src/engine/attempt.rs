@@ -1,6 +1,6 @@
 //! One attempt, from the claim to the settled outcome.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rand::random_range;
 use tokio::sync::OwnedSemaphorePermit;
@@ -16,6 +16,7 @@ use crate::metrics::METRICS;
 use crate::store;
 use crate::store::claim::{self, Claimed, release};
 use crate::store::settle::Settled;
+use crate::traces;
 
 /// Holds the lease of a claimed run.
 pub(super) fn hold(ctx: &Ctx, claimed: &Claimed, sent: Boottime) -> Holding {
@@ -37,12 +38,13 @@ pub(super) async fn run(ctx: Ctx, claimed: Claimed, holding: Holding, permit: Ow
     ctx.wake.notify_one();
 }
 
-async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, permit: OwnedSemaphorePermit) {
+async fn execute_and_settle(ctx: &Ctx, mut claimed: Claimed, mut holding: Holding, permit: OwnedSemaphorePermit) {
     let lease = claimed.lease;
     if ctx.hurry.is_cancelled() {
         return Box::pin(give_back(ctx, lease)).await;
     }
-    let started = Instant::now();
+    let begun = Begun { at: Instant::now(), time: SystemTime::now(), span: traces::Attempt::of(&claimed.run) };
+    claimed.run.traceparent = traces::hand_on(&claimed.run);
     holding.begin();
     tracing::debug!("attempt started");
     let ended = execute(ctx, &claimed, &holding).await;
@@ -50,12 +52,19 @@ async fn execute_and_settle(ctx: &Ctx, claimed: Claimed, mut holding: Holding, p
     drop(permit);
     ctx.wake.notify_one();
     let over = match ended {
-        Ended::Outcome(outcome) => record(ctx, lease, outcome, started.elapsed()).await,
+        Ended::Outcome(outcome) => record(ctx, lease, outcome, begun).await,
         Ended::HandedOver { seconds } => Box::pin(hand_over(ctx, lease, seconds)).await,
     };
     if over {
         holding.end();
     }
+}
+
+/// When an attempt began, and what is told of it when it is over.
+struct Begun {
+    at: Instant,
+    time: SystemTime,
+    span: Option<traces::Attempt>,
 }
 
 /// The replica must leave before the command was started: somebody else may start it.
@@ -68,8 +77,8 @@ async fn give_back(ctx: &Ctx, lease: Lease) {
 
 /// Records the outcome. The record is repeated until the database takes it; the work never is. Whether the database knows
 /// now that the attempt is over.
-async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bool {
-    let verdict = outcome.verdict;
+async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, begun: Begun) -> bool {
+    let (verdict, took) = (outcome.verdict, begun.at.elapsed());
     let mut outcome = outcome;
     let mut patience = Patience::default();
     loop {
@@ -83,6 +92,10 @@ async fn record(ctx: &Ctx, lease: Lease, outcome: Outcome, took: Duration) -> bo
             }
             Ok(settled) => {
                 report(settled, verdict, took);
+                if let (Some(span), Settled::Recorded(status)) = (begun.span, settled) {
+                    let outcome = traces::End::of(begun.time, &outcome, status);
+                    span.end(&outcome);
+                }
                 return true;
             }
             // As long as nobody says that the lease is lost it may hold: while the database is away nobody can take it.

@@ -68,6 +68,7 @@ async fn run_command(
         workflow_id: &claimed.run.workflow_id,
         attempt: claimed.run.attempt,
         fence: claimed.lease.fence,
+        traceparent: claimed.run.traceparent.as_deref(),
         input: claimed.run.input.as_deref(),
         time_limit: seconds(claimed.run.timeout_seconds, ctx.worker.run_timeout),
         kill_grace: ctx.worker.kill_grace,

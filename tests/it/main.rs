@@ -89,6 +89,7 @@ mod standby;
 mod storm;
 mod strays;
 mod tidy;
+mod traces;
 mod transitions;
 mod views;
 mod waiting;

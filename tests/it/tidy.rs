@@ -8,16 +8,17 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("config", &["domain", "executor"]),
     ("telemetry", &["config"]),
     ("metrics", &[]),
+    ("traces", &["domain", "tls"]),
     ("domain", &[]),
     ("store", &["domain", "metrics"]),
     ("tls", &[]),
     ("executor", &["domain", "tls"]),
-    ("engine", &["domain", "store", "executor", "config", "metrics"]),
-    ("api", &["domain", "store", "metrics"]),
+    ("engine", &["domain", "store", "executor", "config", "metrics", "traces"]),
+    ("api", &["domain", "store", "metrics", "traces"]),
     ("dev", &[]),
     ("ui", &[]),
     ("app", &["api", "config", "domain", "engine", "executor", "store", "ui"]),
-    ("cli", &["app", "config", "dev", "domain", "telemetry", "tls"]),
+    ("cli", &["app", "config", "dev", "domain", "telemetry", "tls", "traces"]),
 ];
 
 fn files(folder: &str) -> Vec<(PathBuf, String)> {

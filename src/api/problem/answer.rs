@@ -5,6 +5,7 @@ use std::any::Any;
 use axum::body::Body;
 use axum::http::{HeaderValue, Method, Response, StatusCode, Uri, header};
 use axum::response::IntoResponse;
+use serde::{Serialize, Serializer};
 use tower_http::request_id::RequestId;
 
 use super::Problem;
@@ -23,14 +24,32 @@ pub(in crate::api) async fn answering<T>(id: Option<RequestId>, answer: impl Fut
     }
 }
 
-fn request_id() -> Option<Box<str>> {
-    REQUEST.try_with(|id| id.header_value().to_str().map(Box::from)).ok()?.ok()
+/// The name of the request that is being answered, whichever that is when a problem is written down.
+#[derive(Debug)]
+pub(super) struct RequestName;
+
+impl RequestName {
+    fn read<T>(then: impl FnOnce(&str) -> T) -> Option<T> {
+        REQUEST.try_with(|id| id.header_value().to_str().ok().map(then)).ok()?
+    }
+
+    pub(super) fn is_unknown(&self) -> bool {
+        Self::read(|_| ()).is_none()
+    }
+}
+
+impl Serialize for RequestName {
+    fn serialize<S: Serializer>(&self, out: S) -> Result<S::Ok, S::Error> {
+        match Self::read(ToOwned::to_owned) {
+            Some(id) => out.serialize_str(&id),
+            None => out.serialize_none(),
+        }
+    }
 }
 
 impl IntoResponse for Problem {
-    fn into_response(mut self) -> axum::response::Response {
+    fn into_response(self) -> axum::response::Response {
         self.log();
-        self.request_id = request_id();
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let mut response = Response::new(Body::from(body));
         *response.status_mut() = self.status;
@@ -70,6 +89,7 @@ pub(in crate::api) fn of_panic(panic: Box<dyn Any + Send + 'static>) -> axum::re
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
     use std::io;
     use std::sync::{Arc, Mutex};

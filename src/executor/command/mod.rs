@@ -52,6 +52,8 @@ pub struct Invocation<'a> {
     pub attempt: i32,
     /// The fence of this attempt's lease, told to the command as `SINGLETRACK_FENCE`.
     pub fence: i64,
+    /// Where the attempt stands in a trace, told to the command as `TRACEPARENT`.
+    pub traceparent: Option<&'a str>,
     /// Written to standard input as one line of JSON (`null` where there is none), then end of file.
     pub input: Option<&'a RawValue>,
     /// From the call of [`run`] to the first signal; does not count the time this host is suspended.

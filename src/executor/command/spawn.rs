@@ -240,10 +240,12 @@ fn environment(invocation: &Invocation<'_>) -> Vec<(String, OsString)> {
         ("SINGLETRACK_ATTEMPT".to_owned(), invocation.attempt.to_string().into()),
         ("SINGLETRACK_FENCE".to_owned(), invocation.fence.to_string().into()),
     ]);
+    all.extend(invocation.traceparent.map(|context| ("TRACEPARENT".to_owned(), context.into())));
     all
 }
 
 /// The service's own settings hold secrets, whatever a row of the database asks for.
 fn may_pass(name: &str) -> bool {
-    name != "DATABASE_URL" && !name.starts_with("SINGLETRACK_")
+    let is_collectors = name.starts_with("OTEL_EXPORTER_OTLP_") && name.ends_with("HEADERS");
+    name != "DATABASE_URL" && !name.starts_with("SINGLETRACK_") && !is_collectors
 }

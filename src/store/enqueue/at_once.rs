@@ -78,7 +78,7 @@ impl Row {
             error: None,
             rerun_of: request.rerun_of,
             requested_by: request.requested_by.clone(),
-            traceparent: None,
+            traceparent: request.traceparent.map(|context| context.to_string()),
         }
     }
 }
@@ -108,6 +108,7 @@ pub(super) async fn attempt(
         &columns.max_attempts as &[Option<i32>],
         &columns.on_conflict as &[Option<String>],
         patience,
+        &columns.traceparents as &[Option<String>],
     )
     .fetch_all(&mut *connection)
     .await?;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use self::at_once::{Found, attempt};
 use super::{LOCK_TIMEOUT, pauses, runs, set_lock_timeout};
-use crate::domain::{Holder, OnConflict, Pause, Run, WorkflowId};
+use crate::domain::{Holder, OnConflict, Pause, Run, TraceContext, WorkflowId};
 
 /// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
 const LOOKS: usize = 8;
@@ -49,6 +49,8 @@ pub struct Request {
     pub key: Option<Key>,
     /// Who asks.
     pub requested_by: String,
+    /// What asks, where that is part of a trace.
+    pub traceparent: Option<TraceContext>,
 }
 
 /// When a run is to take the slot.
@@ -94,6 +96,7 @@ impl Request {
             rerun_of: None,
             key: None,
             requested_by: requested_by.into(),
+            traceparent: None,
         }
     }
 }
@@ -248,13 +251,15 @@ async fn look_closely(
         r#"
         select a.run_id, a.outcome as "outcome!", a.holder
         from unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $7::integer[], $8::uuid[], $9::text[],
-                    $10::timestamptz[], $11::float8[], $12::text[], $13::float8[], $15::text[])
+                    $10::timestamptz[], $11::float8[], $12::text[], $13::float8[], $15::text[], $16::text[])
             with ordinality
             as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, rerun_of, on_conflict,
-                  run_at, delay_seconds, key, key_seconds, key_owner, position)
+                  run_at, delay_seconds, key, key_seconds, key_owner, traceparent, position)
+        -- The setting is there before the function is called, which takes no such argument.
+        cross join lateral (select set_config('singletrack.traceparent', coalesce(e.traceparent, ''), true) offset 0) said (traceparent)
         cross join lateral enqueue_run_as(
             e.id, e.workflow_id, e.input, e.on_conflict, e.key, e.priority, e.run_at, e.delay_seconds, e.labels,
-            e.max_attempts, e.rerun_of, null, e.requested_by, coalesce(e.key_owner, ''), e.key_seconds, $14) a
+            e.max_attempts, e.rerun_of, null, e.requested_by, coalesce(e.key_owner, ''), e.key_seconds, $14 and said.traceparent is not null) a
         order by e.position
         "#,
         &columns.ids,
@@ -272,6 +277,7 @@ async fn look_closely(
         &columns.key_seconds as &[Option<f64>],
         repeated,
         &columns.key_owners as &[Option<String>],
+        &columns.traceparents as &[Option<String>],
     )
     .fetch_all(&mut *connection)
     .await?;
@@ -347,6 +353,7 @@ struct Columns {
     keys: Vec<Option<String>>,
     key_seconds: Vec<Option<f64>>,
     key_owners: Vec<Option<String>>,
+    traceparents: Vec<Option<String>>,
 }
 
 impl Columns {
@@ -375,6 +382,7 @@ impl Columns {
             keys: column(requests, |request| request.key.as_ref().map(|key| key.text.clone())),
             key_seconds: column(requests, |request| request.key.as_ref().map(|key| key.seconds)),
             key_owners: column(requests, |request| request.key.as_ref().map(|key| key.owner.clone())),
+            traceparents: column(requests, |request| request.traceparent.map(|context| context.to_string())),
         }
     }
 }

@@ -2,14 +2,15 @@ with entry as materialized (
     select e.*
     -- Before anything is locked, and for this statement alone: one slot that somebody keeps locked must not hold up the others.
     from (select set_config('lock_timeout', $9, true)) as patience,
-         unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $7::integer[], $8::text[])
-             with ordinality as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, on_conflict, position)
+         unnest($1::uuid[], $2::text[], $3::jsonb[], $4::smallint[], $5::jsonb[], $6::text[], $7::integer[], $8::text[], $10::text[])
+             with ordinality
+             as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, on_conflict, traceparent, position)
 ),
 -- The definition: of the id itself, else of what stands before its @. And whether the slot is taken: reading comes before writing, so
 -- that a refusal writes nothing, and takes no transaction id.
 -- Each is looked up entry by entry, by an index: whatever the planner thinks that there is in the tables.
 known as materialized (
-    select e.id, e.workflow_id, e.requested_by, e.position, e.input,
+    select e.id, e.workflow_id, e.requested_by, e.position, e.input, e.traceparent,
            v.workflow_id as definition, v.revision, v.executor_type, v.queue, v.timeout_seconds, v.heartbeat_timeout_seconds,
            coalesce(e.priority, v.priority) as effective_priority,
            v.labels || e.labels as all_labels,
@@ -32,9 +33,9 @@ known as materialized (
 ),
 inserted as (
     insert into test_runs (id, workflow_id, definition, revision, status, executor_type, queue, priority, labels, input,
-                           on_conflict, available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, max_attempts, version)
+                           on_conflict, available_at, timeout_seconds, heartbeat_timeout_seconds, requested_by, max_attempts, traceparent, version)
     select id, workflow_id, definition, revision, 'queued', executor_type, queue, effective_priority, all_labels, input,
-           policy, now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, 1
+           policy, now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, traceparent, 1
     from known k
     where revision is not null and not paused and not taken
     order by workflow_id, position -- two batches that lock in different orders deadlock; of several for one slot the first has it

@@ -91,6 +91,7 @@ impl Bench {
             workflow_id: "deploy@prod",
             attempt: 2,
             fence: 77,
+            traceparent: None,
             input: self.input.as_deref(),
             time_limit: self.time_limit,
             kill_grace: GRACE,
