@@ -20,7 +20,7 @@ use crate::store;
 use crate::store::enqueue::Request;
 use crate::store::{Db, logs};
 
-const TAG: &str = "seed";
+const TAG: &str = "legacy";
 
 /// The body of a start.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]

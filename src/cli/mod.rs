@@ -274,7 +274,7 @@ async fn start_postgres(config: &Config) -> anyhow::Result<Postgres> {
 /// What a person who just started it needs to know.
 fn greet(config: &Config, listener: &std::net::TcpListener, postgres: Option<&Postgres>) -> anyhow::Result<()> {
     let url = config.public_url.clone().unwrap_or(format!("http://{}", listener.local_addr()?));
-    println!("API       {url}/api/v1   (described in {url}/openapi.json)");
+    println!("API       {url}/api/v1   ({url}/docs describes it)");
     println!("Dashboard {url}/");
     match postgres {
         Some(postgres) => {

@@ -3,7 +3,8 @@
 //!
 //! They are modules of plain JavaScript without a build step: `main.js` has the router, `api.js` and `live.js` speak with the
 //! server, `dom.js`, `format.js` and `parts.js` are what screens are made of, and there is one file per screen. Screens are named behind the
-//! `#` of the address (`/#/runs/{id}`), so that a proxy may serve all of it under a path of its own.
+//! `#` of the address (`/#/runs/{id}`), so that a proxy may serve all of it under a path of its own. `docs.js` is another page: the API
+//! for people to read, from its OpenAPI document.
 
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
@@ -33,6 +34,9 @@ const FILES: &[File] = &files![
     "ansi.js",
     "api.js",
     "base.css",
+    "docs.css",
+    "docs.html",
+    "docs.js",
     "dom.js",
     "format.js",
     "history.js",
@@ -95,10 +99,14 @@ impl File {
     }
 }
 
-/// The dashboard at `/`, and its files under `/ui/`. They are no secret, and need no key: what they show does.
+/// The dashboard at `/`, the API to read at `/docs`, and their files under `/ui/`. They are no secret, and need no key: what they show does.
 pub fn router() -> Router {
     FILES.iter().fold(Router::new(), |router, file| {
-        let path = if file.name == "index.html" { "/".to_owned() } else { format!("/ui/{}", file.name) };
+        let path = match file.name {
+            "index.html" => "/".to_owned(),
+            "docs.html" => "/docs".to_owned(),
+            name => format!("/ui/{name}"),
+        };
         router.route(&path, get(async |headers: HeaderMap| file.answer(&headers)))
     })
 }

@@ -61,7 +61,7 @@ export function system() {
           : h('p.muted', null, 'A queue is here when a workflow names one, or a run is in it.')),
         h('div.columns-2.even', null,
           panel('Health', facts(['This replica', words(ready?.ready)], ['Database', ready?.database], ['Schema', ready?.schema], ['Stopping', ready?.draining ? 'yes: it finishes what it has' : null])),
-          panel('Service', facts(['Version', version], ['Address', base], ['Runs kept', plural(total(counts, [...LIVE, ...FINAL]), 'run')], ['API', h('a', { href: `${base}/openapi.json` }, 'openapi.json')]), h('p.muted.small', null, 'Settings: ', h('code', null, 'singletrack serve --print-config'), '. A check of everything the service promises: ', h('code', null, 'singletrack doctor'), '.'))),
+          panel('Service', facts(['Version', version], ['Address', base], ['Runs kept', plural(total(counts, [...LIVE, ...FINAL]), 'run')], ['API', [h('a', { href: `${base}/docs` }, 'to read'), ', ', h('a', { href: `${base}/openapi.json` }, 'openapi.json')]]), h('p.muted.small', null, 'Settings: ', h('code', null, 'singletrack serve --print-config'), '. A check of everything the service promises: ', h('code', null, 'singletrack doctor'), '.'))),
       ];
     },
   };

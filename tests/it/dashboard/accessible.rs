@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::browser::Browser;
 use super::pictures::{SCREENS, fill, shown};
@@ -81,6 +81,35 @@ async fn no_screen_has_a_serious_fault_of_accessibility() {
         }
     }
     assert!(wrong.is_empty(), "{}\n{} in all", wrong.join("\n"), wrong.len());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_can_be_read_in_any_light_and_without_a_serious_fault() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let Some(page) = Browser::open(&format!("{}/docs", replica.client.base)).await else { return };
+    page.sees("Enqueue a run").await;
+    let document = serde_json::to_value(singletrack::api::document()).unwrap();
+    let items = document["paths"].as_object().unwrap().values();
+    let operations = items.flat_map(|item| item.as_object().unwrap().values());
+    let ids: Vec<&str> = operations.map(|operation| operation["operationId"].as_str().unwrap()).collect();
+    let found = "document.querySelector(`#${id} tr`) && document.querySelector(`#contents a[href='#${id}']`)";
+    let missing = page.run(&format!("return {}.filter((id) => !({found}))", json!(ids))).await;
+    assert_eq!(missing, json!([]), "of {ids:?}");
+    let dangling = "return [...document.querySelectorAll('main a[href^=\"#\"]')].map((a) => a.hash.slice(1)).filter((id) => !document.getElementById(id))";
+    assert_eq!(page.run(dangling).await, json!([]), "links to what is not there");
+    page.run("const find = document.querySelector('#contents input'); find.value = 'resume'; find.oninput()").await;
+    page.until("document.querySelectorAll('#contents a').length === 2").await;
+    let Some(checker) = checker() else { return };
+    let mut wrong = Vec::new();
+    for (theme, width) in [("light", 1280), ("dark", 390)] {
+        page.run(&format!("localStorage.setItem('singletrack.theme', '{theme}'); location.reload()")).await;
+        page.resize(width, 900).await;
+        page.sees("Enqueue a run").await;
+        assert_eq!(page.run("return document.documentElement.scrollWidth <= innerWidth").await, true, "{width}");
+        wrong.extend(findings(&page, &checker, &format!("docs, {theme}, {width}")).await);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

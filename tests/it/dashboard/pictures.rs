@@ -106,3 +106,20 @@ async fn pictures_of_the_readme() {
     page.picture(&file).await;
     assert!(std::fs::metadata(file).unwrap().len() < 150_000, "too large to be committed");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "makes pictures to look at: make screenshots"]
+async fn pictures_of_the_api() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/screenshots");
+    std::fs::create_dir_all(&folder).unwrap();
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let Some(page) = Browser::open(&format!("{}/docs", replica.client.base)).await else { return };
+    for (theme, size, width) in [("light", "wide", 1280), ("dark", "wide", 1280), ("dark", "narrow", 390)] {
+        page.run(&format!("localStorage.setItem('singletrack.theme', '{theme}'); location.reload()")).await;
+        page.resize(width, 1400).await;
+        page.sees("Enqueue a run").await;
+        page.run("document.getElementById('enqueue_run').scrollIntoView()").await;
+        page.picture(&folder.join(format!("docs-{theme}-{size}.png"))).await;
+    }
+}
