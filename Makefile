@@ -15,7 +15,7 @@ run: ## build and start everything, with a Postgres of its own (ARGS="--help": w
 
 test: ## every test, against a Postgres of its own (PG=18: of that version; TESTARGS: for cargo test)
 	@.ci/tools cargo cc
-	@.ci/tools curl jq python3 faketime pgbouncer promtool chromedriver npm || [ -z "$$CI" ] # what is tested with them is skipped without them
+	@.ci/tools curl jq python3 faketime pgbouncer promtool chromedriver npm slowhttptest || [ -z "$$CI" ] # what is tested with them is skipped without them
 	@[ -z "$$DATABASE_URL" ] || echo "DATABASE_URL is ignored: the tests start a Postgres of their own"
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
 		exec cargo test --locked $(TESTARGS)

@@ -2,7 +2,7 @@
 //! the OpenAPI document; what is asked for here is what the document says.
 //!
 //! All good keys are in memory, read anew every few seconds while requests come: a request costs no statement, and neither does
-//! guessing.
+//! guessing. They are read by the pool of what workers say, so that a heartbeat never waits behind lists and blocked enqueues.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -312,13 +312,13 @@ async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Prob
             };
         }
         guard::check_host(&api.facts, request)?;
-        let caller = api.keys.caller(&api.db, &request.headers).await;
+        let caller = api.keys.caller(&api.flights, &request.headers).await;
         return caller.or_else(|problem| if problem.is_of_caller() { Ok(Caller::Nobody) } else { Err(problem) });
     };
     if request.headers.get(header::AUTHORIZATION).is_none() {
         guard::check_host(&api.facts, request)?;
     }
-    let caller = api.keys.caller(&api.db, &request.headers).await?;
+    let caller = api.keys.caller(&api.flights, &request.headers).await?;
     match &caller {
         Caller::Key(key) => {
             // A worker that is not let in would lose what it holds.

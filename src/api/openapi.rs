@@ -2,7 +2,11 @@
 
 mod links;
 
-use axum::Json;
+use std::sync::LazyLock;
+
+use axum::body::Bytes;
+use axum::http::header;
+use axum::response::IntoResponse;
 use utoipa::PartialSchema as _;
 use utoipa::openapi::header::HeaderBuilder;
 use utoipa::openapi::path::{Operation, ParameterIn};
@@ -147,6 +151,8 @@ fn complete(operation: &mut Operation) {
 /// This document
 #[utoipa::path(get, path = "/openapi.json", operation_id = "get_openapi", tag = "machines",
     responses((status = 200, body = Object, description = "OpenAPI 3.1")))]
-pub(super) async fn serve() -> Json<OpenApi> {
-    Json(document())
+pub(super) async fn serve() -> impl IntoResponse {
+    // Made once and shared: it is large, and anybody may ask for it as often as they like and read it slowly.
+    static TEXT: LazyLock<Bytes> = LazyLock::new(|| document().to_json().expect("the document is JSON").into());
+    ([(header::CONTENT_TYPE, "application/json")], TEXT.clone())
 }

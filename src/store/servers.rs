@@ -61,7 +61,7 @@ pub struct Unreachable(Vec<(String, Refusal)>);
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// There was no connection.
-    #[error("can't be reached: {0}")]
+    #[error("can't be reached: {0}{remedy}", remedy = remedy(.0))]
     Failed(#[from] sqlx::Error),
     /// It did not let us in in time.
     #[error("gave no answer within {ANSWER:?}")]
@@ -80,6 +80,22 @@ pub enum Refusal {
         /// That of the primary of before.
         seen: String,
     },
+}
+
+/// What can be done where the cause alone does not tell: it names neither the setting nor the file.
+fn remedy(error: &sqlx::Error) -> &'static str {
+    let sqlx::Error::Io(error) = error else { return "" };
+    let refused = error.get_ref().and_then(|cause| cause.downcast_ref());
+    match refused {
+        Some(rustls::Error::InvalidCertificate(_)) => {
+            " (sslmode asks for another certificate: name the file of its authority by sslrootcert, and the host as the \
+             certificate has it)"
+        }
+        _ if error.kind() == std::io::ErrorKind::NotFound => {
+            " (there is no such socket, or no such file as sslrootcert names)"
+        }
+        _ => "",
+    }
 }
 
 impl Unreachable {

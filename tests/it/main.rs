@@ -12,6 +12,7 @@ mod support;
 #[path = "../model/mod.rs"]
 mod model;
 
+mod abuse;
 mod access;
 mod access_matrix;
 mod apply;
@@ -89,6 +90,7 @@ mod standby;
 mod storm;
 mod strays;
 mod tidy;
+mod tls;
 mod traces;
 mod transitions;
 mod views;

@@ -38,7 +38,7 @@ fn start(options: Options, empty: bool) -> Postgres {
 }
 
 /// How a Postgres of this name is started, and where it keeps its data.
-pub(super) fn options(folder: &str) -> Options {
+pub fn options(folder: &str) -> Options {
     let bin_dir: Option<PathBuf> = std::env::var_os("SINGLETRACK_PG_BIN").filter(|bin| !bin.is_empty()).map(Into::into);
     // Not a `tempdir`: those are closed to the account that Postgres runs as when the tests run as root. One per version,
     // for no version starts on what another one left there.

@@ -125,7 +125,7 @@ fn copy(primary: &Postgres, folder: &str) -> singletrack::dev::Options {
 }
 
 /// The folder of the data in that of a Postgres of ours.
-fn cluster(base: &Path) -> PathBuf {
+pub fn cluster(base: &Path) -> PathBuf {
     let mut entries = fs::read_dir(base).unwrap().map(|entry| entry.unwrap());
     let found = entries.find(|entry| entry.file_name().to_str().unwrap().starts_with("pg"));
     found.unwrap().path()
