@@ -2,7 +2,7 @@
 export PATH := $(PATH):$(HOME)/.cargo/bin:/usr/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test schemathesis fault bench screenshots prepare lint
+.PHONY: help run test fuzz schemathesis fault bench screenshots prepare lint
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -22,6 +22,10 @@ test: ## every test, against a Postgres of its own (PG=18: of that version; TEST
 
 schemathesis: ## two minutes of requests made from the OpenAPI document, to see that every answer is in it (SEED=7, SECONDS_OF_IT=600)
 	@SEED=$(SEED) SECONDS_OF_IT=$(SECONDS_OF_IT) tests/schemathesis/run
+
+fuzz: ## a minute of any input for each reader of what strangers send (SECONDS_OF_IT=600)
+	@.ci/tools cargo cc
+	@BOLERO_RANDOM_TEST_TIME_MS=$$(( $(or $(SECONDS_OF_IT),60) * 1000 )) cargo test --locked --lib --test it fuzz::
 
 fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18, POOLER=1)
 	@.ci/tools cargo cc faketime setpriv pgbouncer

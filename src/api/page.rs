@@ -120,3 +120,35 @@ mod tests {
         assert_eq!(mark(&("workers", None::<String>)), 17_585_758_596_898_383_332);
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod fuzz {
+    use axum::extract::FromRequestParts as _;
+    use axum::http::Request;
+
+    use super::*;
+
+    type Place = (chrono::DateTime<chrono::Utc>, uuid::Uuid);
+
+    #[test]
+    fn a_cursor_of_any_kind_is_refused_or_is_one_of_this_list() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let mark = mark(&"a list");
+        bolero::check!().for_each(|bytes: &[u8]| {
+            let marked = [format!("[{mark},").as_bytes(), bytes, b"]"].concat();
+            for cursor in [
+                String::from_utf8_lossy(bytes).into_owned(),
+                URL_SAFE_NO_PAD.encode(bytes),
+                URL_SAFE_NO_PAD.encode(marked),
+            ] {
+                let query = form_urlencoded::Serializer::new(String::new()).append_pair("cursor", &cursor).finish();
+                let (mut parts, ()) = Request::get(format!("/?{query}")).body(()).unwrap().into_parts();
+                let mut params = runtime.block_on(Params::from_request_parts(&mut parts, &())).unwrap();
+                if let Ok(wanted) = Wanted::<Place>::take(&mut params, &"a list") {
+                    assert!(wanted.mark == mark && wanted.after.is_some());
+                }
+            }
+        });
+    }
+}

@@ -359,3 +359,63 @@ other: 1
         assert!(found.len() == 1 && found[0].contains("billion-laughs"), "{found:?}");
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    #[test]
+    fn a_file_of_any_kind_is_read_or_refused_with_the_line() {
+        const WORDS: [&str; 36] = [
+            "workflows:",
+            "\n",
+            "\n",
+            "\n  ",
+            "\n    ",
+            "\n      ",
+            "- ",
+            "a: ",
+            "executor: ",
+            "type: ",
+            "command",
+            "argv: ",
+            "[",
+            "]",
+            "{",
+            "}",
+            ", ",
+            ": ",
+            "&x ",
+            "*x",
+            "<<: ",
+            "!!int ",
+            "| ",
+            "> ",
+            "'",
+            "\"",
+            "# ",
+            "---\n",
+            "...\n",
+            "? ",
+            "~",
+            ".inf",
+            "1e999",
+            "0x7f",
+            "\t",
+            "é",
+        ];
+        bolero::check!().for_each(|bytes: &[u8]| {
+            let text: String = bytes.iter().map(|byte| WORDS[usize::from(*byte) % WORDS.len()]).collect();
+            for text in
+                [text.clone(), format!("workflows:\n  w:\n    {text}"), String::from_utf8_lossy(bytes).into_owned()]
+            {
+                if let Err(mistakes) = read(&text) {
+                    assert!(!mistakes.is_empty(), "{text:?}");
+                    // A carriage return ends a line of YAML, too; the end of the file may count as a line of its own.
+                    let lines = text.split(['\n', '\r']).count() + 1;
+                    assert!(mistakes.iter().all(|mistake| mistake.line <= lines), "{text:?}: {mistakes:?}");
+                }
+            }
+        });
+    }
+}

@@ -73,3 +73,24 @@ impl Text {
         }
     }
 }
+
+#[cfg(test)]
+mod fuzz {
+    use super::*;
+
+    #[test]
+    fn bytes_in_any_pieces_become_the_same_text_in_chunks_that_are_not_too_long() {
+        bolero::check!().with_type().for_each(|pieces: &Vec<Vec<u8>>| {
+            let (mut text, mut chunks) = (Text::default(), Vec::new());
+            for piece in pieces {
+                text.push(piece);
+                chunks.extend(std::iter::from_fn(|| text.take(piece.len() % 2 == 0)));
+            }
+            text.end();
+            chunks.extend(std::iter::from_fn(|| text.take(true)));
+            assert!(chunks.iter().all(|chunk| !chunk.is_empty() && chunk.len() <= CHUNK_BYTES));
+            let whole = String::from_utf8_lossy(&pieces.concat()).replace('\0', "\u{fffd}");
+            assert_eq!(chunks.concat(), whole);
+        });
+    }
+}

@@ -41,6 +41,7 @@ mod expiry;
 mod fault_parts;
 mod fences;
 mod following;
+mod fuzz;
 mod gathering;
 mod guard;
 mod guards;
