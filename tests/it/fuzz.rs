@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use singletrack::domain::workflow::check_key;
-use singletrack::domain::{Lease, Missed, Patterns, Schedule, Token};
+use singletrack::domain::{Lease, Missed, Patterns, Schedule, Token, TraceContext};
 use singletrack::store::events::Position;
 
 /// What one input may take, on a machine that does other things too.
@@ -106,5 +106,18 @@ fn the_patterns_of_a_key_match_in_no_time() {
             assert!(!patterns.matches(&id) || pattern.contains('*') || pattern == id, "{pattern} {id}");
         }
         assert!(since.elapsed() < QUICK, "{pattern} took {:?}", since.elapsed());
+    });
+}
+
+#[test]
+fn a_trace_context_that_is_read_is_written_as_the_standard_has_it() {
+    const WORDS: [&str; 12] =
+        ["00", "-", "0", "f", "a1", "01", "ff", "cc", "G", "+", "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"];
+    bolero::check!().for_each(|bytes: &[u8]| {
+        let text = words(bytes, &WORDS);
+        if let Ok(context) = text.parse::<TraceContext>() {
+            assert_eq!(context.to_string().parse(), Ok(context));
+            assert_eq!(context.to_string()[2..], text[2..55], "{text}");
+        }
     });
 }
