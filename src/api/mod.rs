@@ -1,5 +1,6 @@
 //! The only place that knows HTTP. Handlers call `store`; they and the engine meet in rows and wake-ups only.
 
+mod audit;
 mod auth;
 mod bulk;
 mod claims;
@@ -241,6 +242,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         // whoever lets others in
         .routes(to(Admin, routes!(keys::list, keys::create)))
         .routes(to(Admin, routes!(keys::revoke)))
+        .routes(to(Admin, routes!(audit::list)))
         // machines
         .merge(probes())
         .routes(to(None, routes!(openapi::serve)))

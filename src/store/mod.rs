@@ -5,6 +5,7 @@
 //! on every statement: sqlx has no timeout of its own towards a server that vanished, and a connection that was given up
 //! in the middle of a statement must never be used again.
 
+pub mod audit;
 pub mod batch;
 pub mod claim;
 pub mod control;

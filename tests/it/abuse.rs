@@ -1,86 +1,25 @@
-//! Who sends too much, too deep or too slowly harms nobody but themselves.
+//! Who sends too much or too slowly harms nobody but themselves.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use reqwest::Method;
 use serde_json::{Value, json};
 use singletrack::config::Settings;
 use singletrack::domain::Scope;
 use sqlx::PgPool;
 use tokio::task::JoinSet;
-use uuid::Uuid;
 
 use crate::support::access::key;
 use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
 use crate::support::process::Process;
-use crate::support::replica::{Answer, Replica, short_lease};
+use crate::support::replica::{Replica, short_lease};
 use crate::support::{eventually, plant, skipped};
 
 /// What a request that is served beside those of others may take.
 const SERVED: Duration = Duration::from_secs(3);
-
-/// Every operation of the document that changes something: method and path, the parameters of the path filled in.
-fn changes() -> Vec<(Method, String)> {
-    let document = serde_json::to_value(singletrack::api::document()).unwrap();
-    let mut found = Vec::new();
-    for (path, item) in document["paths"].as_object().unwrap() {
-        let id = if path.contains("/runs/{id}") { Uuid::nil().to_string() } else { "w".to_owned() };
-        for method in item.as_object().unwrap().keys().filter(|method| ["post", "put"].contains(&method.as_str())) {
-            found.push((method.to_uppercase().parse().unwrap(), path.replace("{id}", &id)));
-        }
-    }
-    found
-}
-
-/// `depth` arrays, each in the one before.
-fn nested(depth: usize) -> String {
-    "[".repeat(depth) + &"]".repeat(depth)
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn bodies_nested_ten_thousand_deep_are_refused_on_every_route_and_harm_nothing() {
-    let test = TestDb::new().await;
-    plant::workflow(&test.sql, "w", &["true"]).await;
-    let replica = Replica::api_only(&test).await;
-    let send = async |method: Method, path: &str, body: String| {
-        let request = replica.client.request(method, path).header("Content-Type", "application/json").body(body);
-        Answer::of(request).await.unwrap()
-    };
-    let deep = nested(10_000);
-    let bodies = [
-        deep.clone(),
-        "[".repeat(10_000),
-        "{\"a\":".repeat(10_000),
-        format!("{{\"input\": {deep}}}"),
-        format!("{{\"runs\": [{{\"workflow_id\": \"w\", \"input\": {deep}}}]}}"),
-        format!("{{\"leases\": [{{\"token\": \"x\", \"output\": {deep}}}]}}"),
-        format!("{{\"executor\": {{\"type\": \"command\", \"argv\": {deep}}}}}"),
-    ];
-    let routes = changes();
-    assert!(routes.len() > 15, "{routes:?}");
-    for (method, path) in routes {
-        for body in &bodies {
-            let refused = send(method.clone(), &path, body.clone()).await;
-            assert_eq!(refused.status, 400, "{path} {:.40}: {refused:?}", body);
-            if path.starts_with("/api/v1/") {
-                assert_eq!(refused.cause(), "malformed-request", "{path}");
-            }
-        }
-    }
-    // What people write is let in, and is told again as it was.
-    let input = nested(100);
-    let answer = send(Method::POST, "/api/v1/workflows/w/runs", format!("{{\"input\": {input}}}")).await;
-    assert_eq!(answer.status, 202, "{answer:?}");
-    let run = replica.client.get(&format!("/api/v1/runs/{}", answer.run_id())).await;
-    assert_eq!(run.body["input"].to_string(), input);
-    let runs: i64 = sqlx::query_scalar("select count(*) from test_runs").fetch_one(&test.sql).await.unwrap();
-    assert_eq!(runs, 1, "what was refused left nothing");
-    replica.finish().await;
-}
 
 /// How many statements wait for a lock.
 async fn waiting(sql: &PgPool) -> i64 {

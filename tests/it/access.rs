@@ -157,6 +157,45 @@ async fn the_keys_name_is_the_actor_of_events_and_of_the_audit_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_audit_log_is_told_page_by_page_newest_first_and_by_who_and_what() {
+    let test = TestDb::new().await;
+    let token = key(&test, "boss", &[Scope::Admin], None).await;
+    let replica = Replica::api_only(&test).await;
+    let boss = replica.client.having(&token);
+    for id in ["a", "b"] {
+        boss.define(id, "true").await;
+    }
+    boss.post("/api/v1/workflows/a/pause", json!({"reason": "broken"})).await;
+    let page = async |query: &str| {
+        let answer = boss.get(&format!("/api/v1/audit?{query}")).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let told =
+            |entry: &Value| format!("{} {} {}", entry["actor"], entry["action"], entry["object"]).replace('"', "");
+        let entries: Vec<String> = answer.body["items"].as_array().unwrap().iter().map(told).collect();
+        (entries, answer.body["next_cursor"].as_str().map(str::to_owned))
+    };
+    let all = [
+        "boss workflow-paused a".to_owned(),
+        "boss workflow-put b".into(),
+        "boss workflow-put a".into(),
+        format!("test key-created {}", id_of(&token)),
+    ];
+    let (first, next) = page("limit=3").await;
+    assert_eq!(first, all[..3]);
+    // What comes meanwhile shifts nothing.
+    boss.define("c", "true").await;
+    assert_eq!(page(&format!("limit=3&cursor={}", next.as_ref().unwrap())).await, (all[3..].to_vec(), None));
+    assert_eq!(page("object=a").await, (vec![all[0].clone(), all[2].clone()], None));
+    assert_eq!(page("actor=test").await.0, all[3..]);
+    assert_eq!(page("actor=test&object=a").await.0, [""; 0]);
+    let paused = &boss.get("/api/v1/audit?limit=2").await.body["items"][1];
+    assert!(paused["id"].is_i64() && paused["at"].is_string() && paused["detail"]["reason"] == "broken", "{paused}");
+    let other = boss.get(&format!("/api/v1/audit?actor=test&cursor={}", next.unwrap())).await;
+    assert_eq!((other.status, other.cause()), (400, "invalid-cursor"), "a cursor of another list");
+    assert_eq!(boss.get("/api/v1/audit?action=x").await.mistakes(), ["parameter action"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idempotency_key_is_one_of_its_api_key() {
     let test = TestDb::new().await;
     plant::workflow(&test.sql, "w", &["true"]).await;

@@ -71,6 +71,7 @@ const TABLE: &[(&str, Option<Scope>, About)] = &[
     ("get /api/v1/keys", Some(Admin), All),
     ("post /api/v1/keys", Some(Admin), All),
     ("delete /api/v1/keys/{id}", Some(Admin), All),
+    ("get /api/v1/audit", Some(Admin), All),
 ];
 
 /// Every operation of the document, with the scope that it names.
