@@ -338,7 +338,7 @@ pub(super) async fn release(
     let leases: Vec<Lease> = releases.iter().map(|release| release.token.0).collect();
     let given = leases.clone();
     let work =
-        async move { api.db.with(async |connection| claim::release(connection, &given, None, None).await).await };
+        async move { api.flights.with(async |connection| claim::release(connection, &given, None, None).await).await };
     let released: HashSet<Lease> = to_its_end(work).await??.into_iter().collect();
     let result = |lease| if released.contains(lease) { Taken::Ok } else { Taken::Lost };
     Ok(answers(leases.iter().map(|lease| Released { result: result(lease) })))
