@@ -129,16 +129,22 @@ impl Feed {
 
     /// Says what happens until nobody listens.
     async fn follow(&self, db: &Db) {
-        let mut at = None;
+        let (mut at, mut said) = (None, None);
         while self.said.receiver_count() > 0 {
             let wait = match self.look(db, at).await {
-                Ok((news, full)) => {
-                    let (goes_on, upto) = (at == Some(news.after), news.upto);
+                Ok((mut news, full)) => {
+                    let goes_on = at == Some(news.after);
+                    at = Some(news.upto);
                     // Who listens since before it began to look must know what it has not seen.
                     if !goes_on || !news.told.is_empty() {
+                        // Those who listen stand where they were last told something. That there was nothing since is news too, or each
+                        // of them would read the database for itself: any transaction moves the position on.
+                        if let (true, Some(said)) = (goes_on, said) {
+                            news.after = said;
+                        }
+                        said = at;
                         let _ = self.said.send(Arc::new(news));
                     }
-                    at = Some(upto);
                     if full { Duration::ZERO } else { LOOK }
                 }
                 Err(error) => {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde_json::json;
 use singletrack::domain::Status;
 use singletrack::engine::retention::Keeper;
@@ -210,10 +211,19 @@ async fn a_listener_that_does_not_read_is_dropped_and_may_come_back() {
     // From here on they are told, and need not read for themselves what they may have missed while they came.
     plant::run(&test, "first", Status::Queued).await;
     assert_eq!(stream.some(1).await, quick.some(1).await);
-    // More than the backlog holds, 64 pages of 500, and what Linux keeps in the two sockets: up to 36 MiB by now.
+    // Transactions that write no events move the position on, and nobody has missed anything by that.
+    let moved: DateTime<Utc> =
+        sqlx::query_scalar("select clock_timestamp() from pg_current_xact_id()").fetch_one(&test.sql).await.unwrap();
+    let looks = "select 1 from pg_stat_activity
+                 where datname = current_database() and query like '%page as materialized%' and query_start > $1";
+    eventually("the replica has looked", LIMIT, async || {
+        sqlx::query(looks).bind(moved).fetch_optional(&test.sql).await.unwrap().map(drop)
+    })
+    .await;
+    // More than sockets and backlog hold.
     sqlx::query(
         "insert into run_events (run_id, to_status, attempt, fence, actor, reason)
-         select $1, 'queued', 0, 0, 'test', repeat('x', 1000) from generate_series(1, 80000)",
+         select $1, 'queued', 0, 0, 'test', repeat('x', 1000) from generate_series(1, 60000)",
     )
     .bind(lease.run_id)
     .execute(&test.sql)
@@ -221,7 +231,7 @@ async fn a_listener_that_does_not_read_is_dropped_and_may_come_back() {
     .unwrap();
     // This one reads, and yet a busy machine may have it dropped too: then it comes back.
     let mut all = Vec::new();
-    while all.len() < 80_000 {
+    while all.len() < 60_000 {
         match quick.next().await.unwrap() {
             event if event.name == "dropped" => quick = Stream::open(&replica.client, ALL, Some(&event.id)).await,
             event => all.push(event),
@@ -234,9 +244,9 @@ async fn a_listener_that_does_not_read_is_dropped_and_may_come_back() {
     let told = stream.rest().await;
     let (last, before) = told.split_last().unwrap();
     assert_eq!(last.name, "dropped");
-    assert!(!before.is_empty() && before.len() < 80_000 && before == &all[..before.len()], "{}", before.len());
+    assert!(!before.is_empty() && before.len() < 60_000 && before == &all[..before.len()], "{}", before.len());
     let mut back = Stream::open(&replica.client, ALL, Some(&last.id)).await;
-    assert!(back.some(80_000 - before.len()).await == all[before.len()..]);
+    assert!(back.some(60_000 - before.len()).await == all[before.len()..]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
