@@ -30,11 +30,54 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        Unread::from_request(request, state).await?.read().map(Self)
+    }
+}
+
+/// A body of JSON that has arrived and is yet to be read: read, it may take many times the room.
+pub(super) struct Unread(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Unread {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         if !is_json(request.headers()) {
             return Err(Problem::not_json());
         }
-        let body = whole(request, state, BODY_TIME).await?;
-        parse(&body).map(Self)
+        whole(request, state, BODY_TIME).await.map(Self)
+    }
+}
+
+impl Unread {
+    /// What it says.
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+        parse(&self.0)
+    }
+
+    /// How many values are in it at most, by what stands between them. Text is one value, whatever is in it.
+    pub(super) fn values(&self) -> usize {
+        let (mut in_text, mut escaped, mut count) = (false, false, 0);
+        for byte in &self.0 {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = in_text,
+                b'"' => in_text = !in_text,
+                b',' | b'[' | b'{' if !in_text => count += 1,
+                _ => {}
+            }
+        }
+        count
+    }
+}
+
+/// A body of any kind.
+pub(super) struct Body(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        whole(request, state, BODY_TIME).await.map(Self)
     }
 }
 
@@ -268,13 +311,18 @@ pub(super) fn preferred_wait(headers: &HeaderMap, longest: Duration) -> Result<O
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
-
     use super::*;
+
+    #[test]
+    fn values_are_counted_where_they_are_and_not_in_text() {
+        for (text, values) in [("{}", 1), (r#"{"a": [0, 1], "b": {}}"#, 5), (r#"["a,b\",[{", "\\", 0]"#, 3), ("", 0)] {
+            assert_eq!(Unread(Bytes::from_static(text.as_bytes())).values(), values, "{text}");
+        }
+    }
 
     #[tokio::test]
     async fn a_body_that_does_not_end_is_408() {
-        let body = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        let body = axum::body::Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
         let refused = whole(Request::new(body), &(), Duration::from_millis(10)).await.expect_err("it does not arrive");
         assert_eq!((refused.status(), refused.cause()), (StatusCode::REQUEST_TIMEOUT, "body-too-slow"));
     }

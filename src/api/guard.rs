@@ -17,7 +17,7 @@ fn text(request: &Parts, name: header::HeaderName) -> Option<String> {
 
 /// Refuses a request that came by a foreign name. One with a good key needs no such check: no page has it that was led here.
 pub(super) fn check_host(facts: &Facts, request: &Parts) -> Result<(), Problem> {
-    // HTTP/2 has the name in the URI instead.
+    // Who asks as one asks a proxy has the name in the URI, which counts.
     let host = request.uri.authority().map(|authority| authority.to_string());
     match host.or_else(|| text(request, header::HOST)) {
         Some(host) if is_ours(facts, &host) => Ok(()),
