@@ -200,7 +200,7 @@ pub async fn run(
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
-        Role::Serve => api::router(api).merge(ui::router()),
+        Role::Serve => api::router(api, ui::router()),
         Role::Worker => api::probes_router(api),
     };
     let server = axum_server::Handle::new();
