@@ -171,10 +171,18 @@ struct Book {
     keys: Option<HashMap<String, Arc<Key>>>,
 }
 
+/// What is known of the keys.
+#[derive(Default)]
+struct Shelf {
+    book: Option<Book>,
+    /// When they could not be read last.
+    failed: Option<Instant>,
+}
+
 /// The keys of the service.
 pub struct Keys {
     always: bool,
-    book: RwLock<Option<Book>>,
+    shelf: RwLock<Shelf>,
     /// Which of them were used.
     pub(super) usage: Usage,
 }
@@ -183,12 +191,12 @@ impl Keys {
     /// Keys that are asked for as soon as one was made, or `always`. `rate` is how many requests per second one of them may send;
     /// `None`: any number.
     pub fn new(always: bool, rate: Option<u32>) -> Self {
-        Self { always, book: RwLock::default(), usage: Usage::new(rate) }
+        Self { always, shelf: RwLock::default(), usage: Usage::new(rate) }
     }
 
     /// Reads them anew with the next request.
     pub(super) async fn forget(&self) {
-        *self.book.write().await = None;
+        self.shelf.write().await.book = None;
     }
 
     /// Whose request it is, by its header; a problem where keys are asked for and it has no good one.
@@ -205,23 +213,29 @@ impl Keys {
         }
     }
 
-    /// Looks for a key in what was read within `fresh`, by one request for all that wait for it.
+    /// Looks for a key in what was read within `fresh`, by one request for all that wait for it: where that one fails, it fails for all of
+    /// them, or each would wait as long again for a database that hangs.
     async fn look(&self, db: &Db, fresh: Duration, token: Option<&Token>) -> Result<Look, Problem> {
         let is_fresh = |book: &&Book| book.read.elapsed() < fresh;
-        if let Some(book) = self.book.read().await.as_ref().filter(is_fresh) {
+        let came = Instant::now();
+        if let Some(book) = self.shelf.read().await.book.as_ref().filter(is_fresh) {
             return Ok(self.find(book, token));
         }
-        let mut book = self.book.write().await;
-        if book.as_ref().filter(is_fresh).is_none() {
+        let mut shelf = self.shelf.write().await;
+        if shelf.book.as_ref().filter(is_fresh).is_none() {
+            if shelf.failed.is_some_and(|failed| failed > came) {
+                return Err(Problem::keys_unread());
+            }
             let read = Instant::now();
-            let good = db.with(async |connection| keys::good(connection).await).await?;
+            let good = db.with(async |connection| keys::good(connection).await).await;
+            let good = good.inspect_err(|_| shelf.failed = Some(Instant::now()))?;
             let keys = good.map(|good| {
                 let keys = good.into_iter().filter_map(|good| Key::of(good, read));
                 keys.map(|key| (key.id.clone(), Arc::new(key))).collect()
             });
-            *book = Some(Book { read, keys });
+            shelf.book = Some(Book { read, keys });
         }
-        Ok(book.as_ref().map_or(Look::Unknown, |book| self.find(book, token)))
+        Ok(shelf.book.as_ref().map_or(Look::Unknown, |book| self.find(book, token)))
     }
 
     /// Waits until somebody who was let in would not be any more: what is sent to them for long ends then. While the database can't be
@@ -232,8 +246,8 @@ impl Keys {
             if self.look(db, FRESH, None).await.is_err() {
                 continue;
             }
-            let book = self.book.read().await;
-            let Some(book) = book.as_ref() else { continue };
+            let shelf = self.shelf.read().await;
+            let Some(book) = &shelf.book else { continue };
             let goes_on = match (&book.keys, caller) {
                 (None, _) => !self.always,
                 (Some(keys), Caller::Key(key)) => {

@@ -335,6 +335,11 @@ impl Problem {
         Self { detail: Some(what_to_do.into()), ..Self::unavailable(error) }
     }
 
+    /// The answer to those who waited for a look at the keys that failed; whoever looked has said why.
+    pub(super) fn keys_unread() -> Self {
+        Self { for_the_log: None, ..Self::unavailable(&store::Error::TimedOut) }
+    }
+
     fn unavailable(error: &store::Error) -> Self {
         if let store::Error::Busy(_) = error {
             return Self {
