@@ -54,6 +54,9 @@ pub(super) struct NewClaim {
     /// The workflows that the key is bound to.
     #[serde(skip)]
     bound: Option<String>,
+    /// The key's name.
+    #[serde(skip)]
+    actor: Option<String>,
 }
 
 fn one() -> i64 {
@@ -178,6 +181,11 @@ pub(super) async fn claim(
     let place = api.facts.claimants.try_acquire();
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
     wanted.bound = caller.bound();
+    wanted.actor = caller.name().map(str::to_owned);
+    // Another key that says the same is somebody else, who gets no lease of this one's.
+    if let (Some(id), Caller::Key(_)) = (&mut wanted.claim_id, &caller) {
+        id.insert_str(0, &format!("{}:", caller.key_id()));
+    }
     let wanted = Arc::new(wanted);
     let subscription = wanted.subscription();
     let mut clear: Option<Instant> = None;
@@ -240,6 +248,7 @@ async fn take_surely(api: &Api, wanted: &NewClaim, recent: Option<Duration>) -> 
     let (terms, executor_types) = (&api.facts.terms, ["pull".to_owned()]);
     let request = Claim {
         worker: &wanted.worker,
+        actor: wanted.actor.as_deref(),
         queues: wanted.queues.as_deref(),
         executor_types: &executor_types,
         workflows: wanted.workflows.as_deref(),

@@ -321,6 +321,7 @@ async fn take(test: &TestDb) -> Lease {
     let types = ["command".to_owned()];
     let request = Claim {
         worker: "tester",
+        actor: None,
         queues: None,
         executor_types: &types,
         workflows: None,
