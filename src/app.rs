@@ -31,6 +31,7 @@ use crate::engine::{self, lookout};
 use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
+pub use crate::executor::open_files::raise as raise_open_files;
 pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
 use crate::store::logs::{Bound, PIECES};
