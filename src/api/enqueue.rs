@@ -9,10 +9,11 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{
-    Actor, Id, Json, Traceparent, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers,
+    Actor, Id, Json, Traceparent, Unread, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers,
 };
 use super::problem::{Mistake, Place, Problem};
 use super::runs::{LONGEST_WAIT, until_over};
@@ -28,6 +29,10 @@ use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 const TAG: &str = "runs";
 /// Most entries of a batch.
 const LONGEST_BATCH: usize = 10_000;
+/// Most values in a batch, a hundred for each entry: as they are read each takes up to a hundred times its text.
+const MOST_VALUES: usize = 1_000_000;
+/// How long a batch waits until those before it are through.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The last second of the year 9999, by the epoch's count.
 const LAST_SECOND: i64 = 253_402_300_799;
 /// Longest delay, in seconds: ten years.
@@ -330,7 +335,8 @@ pub(super) struct BatchResults {
 /// Enqueue many runs
 ///
 /// Each entry by itself, as an enqueue: some may be accepted and others refused. What is wrong with the form of any of them refuses the
-/// whole request, before anything is done. At most 10000 entries and 32 MiB.
+/// whole request, before anything is done. At most 10000 entries, 1000000 values in all and 32 MiB. Four batches
+/// at once are worked on by a replica; one that had to wait for five seconds is 503.
 #[utoipa::path(
     post, path = "/api/v1/runs/batch", operation_id = "enqueue_batch",
     tag = TAG,
@@ -345,10 +351,17 @@ pub(super) async fn batch(
     Actor(requested_by): Actor,
     Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
-    Json(batch): Json<Batch>,
+    body: Unread,
 ) -> Result<axum::Json<BatchResults>, Problem> {
     // Keys are the entries' own: `idempotency_key`.
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
+    if body.values() > MOST_VALUES {
+        return Err(Problem::too_many_values(MOST_VALUES));
+    }
+    let place = timeout(PATIENCE, api.facts.batches.acquire()).await;
+    let _place = place.map_err(|_| Problem::too_many_batches())?;
+    let batch: Batch = body.read()?;
+    drop(body);
     if !(1..=LONGEST_BATCH).contains(&batch.runs.len()) {
         let detail = format!("{} entries: a batch has 1 to {LONGEST_BATCH}", batch.runs.len());
         return Err(Problem::invalid_at(Place::Pointer("/runs".into()), detail));

@@ -69,6 +69,8 @@ pub const BODY_LIMIT: usize = 1 << 20;
 const BATCH_LIMIT: usize = 32 << 20;
 /// Requests of a kind that may wait at once, for a run's end or for a run to claim; those beyond are answered without waiting.
 const WAITERS: usize = 1000;
+/// Batches of runs that are worked on at once: each may take a hundred MiB.
+const BATCHES: usize = 4;
 
 /// What handlers need: each layer of each request has a copy.
 #[derive(Clone)]
@@ -135,6 +137,8 @@ pub struct Facts {
     pub waiters: Semaphore,
     /// Places for requests that wait for a run to claim.
     pub claimants: Semaphore,
+    /// Places for batches of runs.
+    pub batches: Semaphore,
 }
 
 /// What holds for workers that claim over HTTP, where the workflow says nothing else.
@@ -161,8 +165,8 @@ impl Facts {
         terms: Terms,
         idempotency_ttl: Duration,
     ) -> Self {
-        let [waiters, claimants] = [Semaphore::new(WAITERS), Semaphore::new(WAITERS)];
-        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants }
+        let [waiters, claimants, batches] = [WAITERS, WAITERS, BATCHES].map(Semaphore::new);
+        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants, batches }
     }
 }
 
