@@ -15,9 +15,11 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use tokio::sync::RwLock;
 use tokio::time::sleep;
-use utoipa::openapi::OpenApi;
+use url::form_urlencoded;
+use utoipa::openapi::path::{Operation, Parameter, ParameterIn};
+use utoipa::openapi::{OpenApi, RefOr};
 
-use super::problem::Problem;
+use super::problem::{Place, Problem};
 use super::usage::Usage;
 use super::{Api, guard};
 use crate::domain::{Patterns, Scope, Token, WorkflowId};
@@ -32,15 +34,29 @@ const STREAMS: Duration = Duration::from_secs(5);
 
 /// What routes need, by their path and method, as the document has it.
 #[derive(Debug)]
-struct Needs(HashMap<String, HashMap<Method, Option<Scope>>>);
+struct Needs(HashMap<String, HashMap<Method, Need>>);
+
+/// What an operation needs, and what it takes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Need {
+    /// `None` where it needs no key.
+    scope: Option<Scope>,
+    /// It has parameters in the query, and looks at them itself.
+    takes_query: bool,
+}
 
 impl Needs {
     /// What `document` says.
     fn of(document: &OpenApi) -> Self {
-        let scope = |operation: &utoipa::openapi::path::Operation| {
+        let scope = |operation: &Operation| {
             // {"api_key": ["read"]}: the type keeps its members to itself.
             let said = serde_json::to_value(&operation.security).unwrap_or_default();
             said.as_array().into_iter().flatten().find_map(|one| one["api_key"][0].as_str()?.parse().ok())
+        };
+        let need = |operation: &Operation| {
+            let parameters = operation.parameters.iter().flatten();
+            let in_query = |parameter: &RefOr<Parameter>| matches!(parameter, RefOr::T(one) if one.parameter_in == ParameterIn::Query);
+            Need { scope: scope(operation), takes_query: { parameters }.any(in_query) }
         };
         let paths = document.paths.paths.iter().map(|(path, item)| {
             let operations = [
@@ -50,21 +66,22 @@ impl Needs {
                 (Method::DELETE, &item.delete),
             ];
             let needs =
-                operations.into_iter().filter_map(|(method, operation)| Some((method, scope(operation.as_ref()?))));
+                operations.into_iter().filter_map(|(method, operation)| Some((method, need(operation.as_ref()?))));
             (path.clone(), needs.collect())
         });
         Self(paths.collect())
     }
 
-    /// The scope that a request needs; `None` where it needs no key.
-    fn scope(&self, method: &Method, path: Option<&MatchedPath>) -> Option<Scope> {
-        let path = path?.as_str(); // no route: that may be known
-        let Some(methods) = self.0.get(path) else {
+    /// What a request needs.
+    fn of_request(&self, method: &Method, path: Option<&MatchedPath>) -> Need {
+        let open = Need { scope: None, takes_query: true };
+        let Some(path) = path else { return open }; // no route: that may be known
+        let Some(methods) = self.0.get(path.as_str()) else {
             // What is not documented is not for everybody.
-            return path.starts_with("/api/").then_some(Scope::Admin);
+            return Need { scope: path.as_str().starts_with("/api/").then_some(Scope::Admin), ..open };
         };
         // A method that the route does not have is refused as that.
-        *methods.get(if method == Method::HEAD { &Method::GET } else { method }).unwrap_or(&None)
+        *methods.get(if method == Method::HEAD { &Method::GET } else { method }).unwrap_or(&open)
     }
 }
 
@@ -300,7 +317,9 @@ impl Gate {
 pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
     let (api, needs) = &*gate.0;
     let (mut parts, body) = request.into_parts();
-    match check(api, needs, &parts).await {
+    let need = needs.of_request(&parts.method, parts.extensions.get());
+    let admitted = check(api, need.scope, &parts).await;
+    match admitted.and_then(|caller| check_query(need, &parts).map(|()| caller)) {
         Ok(caller) => {
             parts.extensions.insert(caller);
             next.run(Request::from_parts(parts, body)).await
@@ -309,12 +328,24 @@ pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next
     }
 }
 
-async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Problem> {
+/// Refuses parameters where there are none: whoever wrote `?on_conflict=wait` would believe that it is heeded. The two routes of the
+/// replaced server, and probes, ignore what they do not know.
+fn check_query(need: Need, request: &Parts) -> Result<(), Problem> {
+    let query = request.uri.query().filter(|_| !need.takes_query && request.uri.path().starts_with("/api/v1/"));
+    match query.and_then(|query| form_urlencoded::parse(query.as_bytes()).next()) {
+        None => Ok(()),
+        Some((name, _)) => Err(Problem::invalid_at(
+            Place::Parameter(name.into_owned()),
+            "is not a parameter of this call, which has none in its query: what it takes is in its body and headers",
+        )),
+    }
+}
+
+async fn check(api: &Api, scope: Option<Scope>, request: &Parts) -> Result<Caller, Problem> {
     guard::check_origin(&api.facts, request)?;
     if request.uri.path().starts_with("/api/") {
         guard::check_accept(request)?;
     }
-    let scope = needs.scope(&request.method, request.extensions.get());
     let Some(scope) = scope else {
         if !request.uri.path().starts_with("/api/") {
             // Probes depend on nothing, and come by an address where others can come too.

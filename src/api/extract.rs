@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
@@ -151,10 +151,12 @@ impl<S: Send + Sync, T: FromStr<Err: Display> + Send> FromRequestParts<S> for Id
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let wrong = |detail: String| Problem::invalid_at(Place::Parameter("id".into()), detail);
-        let Path(text) =
-            Path::<String>::from_request_parts(parts, state).await.map_err(|error| wrong(error.body_text()))?;
-        text.parse().map(Self).map_err(|error: T::Err| wrong(error.to_string()))
+        let params = RawPathParams::from_request_parts(parts, state).await;
+        let params = params.map_err(|error| Problem::invalid_at(Place::Parameter("id".into()), error.body_text()))?;
+        let (name, text) = params.iter().next().unwrap_or_default();
+        text.parse()
+            .map(Self)
+            .map_err(|error: T::Err| Problem::invalid_at(Place::Parameter(name.into()), error.to_string()))
     }
 }
 
