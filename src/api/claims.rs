@@ -29,6 +29,9 @@ const REPEATS: usize = 3;
 /// What a claim may say.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "worker": "builder-7:4711", "claim_id": "5b1f0c9e-7d0a-4c3e-9a57-0d3c7f1f6b21", "workflows": ["deploy"], "max": 4, "wait_seconds": 30
+}))]
 pub(super) struct NewClaim {
     /// Who claims, as the history will say: 1 to 128 characters, best of one process alone.
     #[schema(min_length = 1, max_length = 128, example = "builder-7:4711")]

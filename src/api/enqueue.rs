@@ -41,6 +41,7 @@ const LONGEST_DELAY: f64 = 10.0 * 365.0 * 86_400.0;
 /// What an enqueue may say.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"input": {"commit": "4f2c9e1"}, "on_conflict": "wait", "labels": {"branch": "main"}}))]
 pub(super) struct NewRun {
     /// Handed to the run: any JSON.
     #[serde(default)]
@@ -127,7 +128,8 @@ impl NewRun {
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
            ("traceparent" = Option<String>, Header, description = "W3C trace context, which the run's attempts continue")),
     request_body = NewRun,
-    responses((status = 200, body = Run, description = "`return_existing`: this run has the slot"),
+    responses((status = 200, body = Run, description = "`return_existing`: this run has the slot",
+               headers(("Location" = String, description = "Where the run is read"))),
               (status = 202, body = Run, headers(("Location" = String, description = "Where the run is read"))),
               (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 409, body = Problem,
@@ -138,7 +140,7 @@ impl NewRun {
               (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem, description = "`invalid-request`: `errors` names each wrong part. `idempotency-key-reused`"),
               (status = 429, body = Problem, description = "`too-many-waiting`: `max_waiting` runs wait for the slot",
-               headers(("Retry-After" = u64, description = "Seconds"))),
+               headers(("Location" = String, description = "Where the holder is read, if there is one"))),
               (status = 503, body = Problem)))]
 pub(super) async fn enqueue(
     State(api): State<Api>,
@@ -272,6 +274,9 @@ fn name(answer: &Result<Enqueued, Arc<store::Error>>) -> &'static str {
 /// Many runs to enqueue.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "runs": [{"workflow_id": "deploy@prod"}, {"workflow_id": "deploy@staging", "priority": 5, "idempotency_key": "release-481"}]
+}))]
 pub(super) struct Batch {
     /// 1 to 10000, carried out in this order as far as they are for the same workflow.
     #[serde(deserialize_with = "objects")]

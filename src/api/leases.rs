@@ -161,7 +161,7 @@ impl From<Renewal> for Heard {
 /// over its head: its run as `timed_out`, one heartbeat timeout after the time limit.
 #[utoipa::path(
     post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG,
-    request_body = Leases<Heartbeat>,
+    request_body(content = Leases<Heartbeat>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "progress": {"percent": 40}}]})),
     responses((status = 200, body = Answers<Heard>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -255,8 +255,9 @@ enum Taken {
 /// enough: this call needs no key, for one lease at a time.
 #[utoipa::path(
     post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG,
-    request_body = Leases<Finish>,
+    request_body(content = Leases<Finish>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "outcome": "succeeded", "output": {"passed": 12}}]})),
     responses((status = 200, body = Answers<Finished>), (status = 400, body = Problem), (status = 413, body = Problem),
+              (status = 401, body = Problem, description = "`not-authenticated`: several leases, and no good key"),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn finish(
@@ -330,7 +331,7 @@ pub(super) struct Released {
 /// `cancelled` instead. A repetition is answered `lost`: the lease is gone either way.
 #[utoipa::path(
     post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG,
-    request_body = Leases<Release>,
+    request_body(content = Leases<Release>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA"}]})),
     responses((status = 200, body = Answers<Released>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -354,6 +355,7 @@ pub(super) async fn release(
 /// A piece of log.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "stream": "stdout", "seq": 1, "text": "12 tests passed\n"}))]
 pub(super) struct Piece {
     token: Token,
     /// Where it came from.

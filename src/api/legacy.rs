@@ -23,6 +23,7 @@ const TAG: &str = "legacy";
 
 /// The body of a start.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[schema(example = json!({"workflow_id": "deploy@prod"}))]
 pub(super) struct Start {
     /// The workflow to run.
     #[schema(example = "deploy@prod")]
