@@ -31,6 +31,7 @@ use crate::engine::{self, lookout};
 use crate::executor::command::guard;
 use crate::executor::handler::Handlers;
 use crate::executor::http;
+pub use crate::executor::open_files::raise as raise_open_files;
 pub use crate::store::Servers;
 use crate::store::enqueuer::Enqueuer;
 use crate::store::logs::{Bound, PIECES};
@@ -40,7 +41,7 @@ use crate::store::settler::Settler;
 use crate::store::{self, Db, Flight, migrate, pooler};
 use crate::ui;
 
-/// Time a client has to send the head of a request: without a limit, slow ones would use up the connections.
+/// Time a client has to send the head of a request, from the first moment on: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections for statements that take many at once, and for claims.
 const FLIGHT_CONNECTIONS: u32 = 8;
@@ -200,7 +201,7 @@ pub async fn run(
     parts.spawn("notes", api::keep_notes(api.clone(), over.clone()));
     parts.spawn("events", api::tell_events(api.clone(), over.clone()));
     let router = match role {
-        Role::Serve => api::router(api).merge(ui::router()),
+        Role::Serve => api::router(api, ui::router()),
         Role::Worker => api::probes_router(api),
     };
     let server = axum_server::Handle::new();
@@ -361,7 +362,8 @@ fn worker_name() -> String {
 
 async fn serve(listener: TcpListener, router: Router, handle: axum_server::Handle<SocketAddr>) {
     let mut server = match axum_server::from_tcp(listener) {
-        Ok(server) => server.handle(handle),
+        // HTTP/1 alone: nothing would limit how long one of HTTP/2, which is spoken without TLS by nobody, may stay silent.
+        Ok(server) => server.handle(handle).http1_only().first_request_timeout(HEAD_TIMEOUT),
         Err(error) => return tracing::error!(%error, "can't serve"),
     };
     server.http_builder().http1().header_read_timeout(HEAD_TIMEOUT).timer(hyper_util::rt::TokioTimer::new());

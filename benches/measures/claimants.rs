@@ -72,6 +72,7 @@ async fn claim_many(db: Db, number: usize, wanted: usize) -> Result<(usize, Late
     let (worker, executor_types) = (format!("bench-{number}"), ["handler".to_owned()]);
     let request = Claim {
         worker: &worker,
+        actor: None,
         queues: None,
         executor_types: &executor_types,
         workflows: None,

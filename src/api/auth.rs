@@ -15,9 +15,11 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use tokio::sync::RwLock;
 use tokio::time::sleep;
-use utoipa::openapi::OpenApi;
+use url::form_urlencoded;
+use utoipa::openapi::path::{Operation, Parameter, ParameterIn};
+use utoipa::openapi::{OpenApi, RefOr};
 
-use super::problem::Problem;
+use super::problem::{Place, Problem};
 use super::usage::Usage;
 use super::{Api, guard};
 use crate::domain::{Patterns, Scope, Token, WorkflowId};
@@ -32,15 +34,29 @@ const STREAMS: Duration = Duration::from_secs(5);
 
 /// What routes need, by their path and method, as the document has it.
 #[derive(Debug)]
-struct Needs(HashMap<String, HashMap<Method, Option<Scope>>>);
+struct Needs(HashMap<String, HashMap<Method, Need>>);
+
+/// What an operation needs, and what it takes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Need {
+    /// `None` where it needs no key.
+    scope: Option<Scope>,
+    /// It has parameters in the query, and looks at them itself.
+    takes_query: bool,
+}
 
 impl Needs {
     /// What `document` says.
     fn of(document: &OpenApi) -> Self {
-        let scope = |operation: &utoipa::openapi::path::Operation| {
+        let scope = |operation: &Operation| {
             // {"api_key": ["read"]}: the type keeps its members to itself.
             let said = serde_json::to_value(&operation.security).unwrap_or_default();
             said.as_array().into_iter().flatten().find_map(|one| one["api_key"][0].as_str()?.parse().ok())
+        };
+        let need = |operation: &Operation| {
+            let parameters = operation.parameters.iter().flatten();
+            let in_query = |parameter: &RefOr<Parameter>| matches!(parameter, RefOr::T(one) if one.parameter_in == ParameterIn::Query);
+            Need { scope: scope(operation), takes_query: { parameters }.any(in_query) }
         };
         let paths = document.paths.paths.iter().map(|(path, item)| {
             let operations = [
@@ -50,21 +66,22 @@ impl Needs {
                 (Method::DELETE, &item.delete),
             ];
             let needs =
-                operations.into_iter().filter_map(|(method, operation)| Some((method, scope(operation.as_ref()?))));
+                operations.into_iter().filter_map(|(method, operation)| Some((method, need(operation.as_ref()?))));
             (path.clone(), needs.collect())
         });
         Self(paths.collect())
     }
 
-    /// The scope that a request needs; `None` where it needs no key.
-    fn scope(&self, method: &Method, path: Option<&MatchedPath>) -> Option<Scope> {
-        let path = path?.as_str(); // no route: that may be known
-        let Some(methods) = self.0.get(path) else {
+    /// What a request needs.
+    fn of_request(&self, method: &Method, path: Option<&MatchedPath>) -> Need {
+        let open = Need { scope: None, takes_query: true };
+        let Some(path) = path else { return open }; // no route: that may be known
+        let Some(methods) = self.0.get(path.as_str()) else {
             // What is not documented is not for everybody.
-            return path.starts_with("/api/").then_some(Scope::Admin);
+            return Need { scope: path.as_str().starts_with("/api/").then_some(Scope::Admin), ..open };
         };
         // A method that the route does not have is refused as that.
-        *methods.get(if method == Method::HEAD { &Method::GET } else { method }).unwrap_or(&None)
+        *methods.get(if method == Method::HEAD { &Method::GET } else { method }).unwrap_or(&open)
     }
 }
 
@@ -171,10 +188,18 @@ struct Book {
     keys: Option<HashMap<String, Arc<Key>>>,
 }
 
+/// What is known of the keys.
+#[derive(Default)]
+struct Shelf {
+    book: Option<Book>,
+    /// When they could not be read last.
+    failed: Option<Instant>,
+}
+
 /// The keys of the service.
 pub struct Keys {
     always: bool,
-    book: RwLock<Option<Book>>,
+    shelf: RwLock<Shelf>,
     /// Which of them were used.
     pub(super) usage: Usage,
 }
@@ -183,12 +208,12 @@ impl Keys {
     /// Keys that are asked for as soon as one was made, or `always`. `rate` is how many requests per second one of them may send;
     /// `None`: any number.
     pub fn new(always: bool, rate: Option<u32>) -> Self {
-        Self { always, book: RwLock::default(), usage: Usage::new(rate) }
+        Self { always, shelf: RwLock::default(), usage: Usage::new(rate) }
     }
 
     /// Reads them anew with the next request.
     pub(super) async fn forget(&self) {
-        *self.book.write().await = None;
+        self.shelf.write().await.book = None;
     }
 
     /// Whose request it is, by its header; a problem where keys are asked for and it has no good one.
@@ -205,23 +230,29 @@ impl Keys {
         }
     }
 
-    /// Looks for a key in what was read within `fresh`, by one request for all that wait for it.
+    /// Looks for a key in what was read within `fresh`, by one request for all that wait for it: where that one fails, it fails for all of
+    /// them, or each would wait as long again for a database that hangs.
     async fn look(&self, db: &Db, fresh: Duration, token: Option<&Token>) -> Result<Look, Problem> {
         let is_fresh = |book: &&Book| book.read.elapsed() < fresh;
-        if let Some(book) = self.book.read().await.as_ref().filter(is_fresh) {
+        let came = Instant::now();
+        if let Some(book) = self.shelf.read().await.book.as_ref().filter(is_fresh) {
             return Ok(self.find(book, token));
         }
-        let mut book = self.book.write().await;
-        if book.as_ref().filter(is_fresh).is_none() {
+        let mut shelf = self.shelf.write().await;
+        if shelf.book.as_ref().filter(is_fresh).is_none() {
+            if shelf.failed.is_some_and(|failed| failed > came) {
+                return Err(Problem::keys_unread());
+            }
             let read = Instant::now();
-            let good = db.with(async |connection| keys::good(connection).await).await?;
+            let good = db.with(async |connection| keys::good(connection).await).await;
+            let good = good.inspect_err(|_| shelf.failed = Some(Instant::now()))?;
             let keys = good.map(|good| {
                 let keys = good.into_iter().filter_map(|good| Key::of(good, read));
                 keys.map(|key| (key.id.clone(), Arc::new(key))).collect()
             });
-            *book = Some(Book { read, keys });
+            shelf.book = Some(Book { read, keys });
         }
-        Ok(book.as_ref().map_or(Look::Unknown, |book| self.find(book, token)))
+        Ok(shelf.book.as_ref().map_or(Look::Unknown, |book| self.find(book, token)))
     }
 
     /// Waits until somebody who was let in would not be any more: what is sent to them for long ends then. While the database can't be
@@ -232,8 +263,8 @@ impl Keys {
             if self.look(db, FRESH, None).await.is_err() {
                 continue;
             }
-            let book = self.book.read().await;
-            let Some(book) = book.as_ref() else { continue };
+            let shelf = self.shelf.read().await;
+            let Some(book) = &shelf.book else { continue };
             let goes_on = match (&book.keys, caller) {
                 (None, _) => !self.always,
                 (Some(keys), Caller::Key(key)) => {
@@ -286,7 +317,9 @@ impl Gate {
 pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next) -> Response {
     let (api, needs) = &*gate.0;
     let (mut parts, body) = request.into_parts();
-    match check(api, needs, &parts).await {
+    let need = needs.of_request(&parts.method, parts.extensions.get());
+    let admitted = check(api, need.scope, &parts).await;
+    match admitted.and_then(|caller| check_query(need, &parts).map(|()| caller)) {
         Ok(caller) => {
             parts.extensions.insert(caller);
             next.run(Request::from_parts(parts, body)).await
@@ -295,12 +328,24 @@ pub(super) async fn admit(State(gate): State<Gate>, request: Request, next: Next
     }
 }
 
-async fn check(api: &Api, needs: &Needs, request: &Parts) -> Result<Caller, Problem> {
+/// Refuses parameters where there are none: whoever wrote `?on_conflict=wait` would believe that it is heeded. The two routes of the
+/// replaced server, and probes, ignore what they do not know.
+fn check_query(need: Need, request: &Parts) -> Result<(), Problem> {
+    let query = request.uri.query().filter(|_| !need.takes_query && request.uri.path().starts_with("/api/v1/"));
+    match query.and_then(|query| form_urlencoded::parse(query.as_bytes()).next()) {
+        None => Ok(()),
+        Some((name, _)) => Err(Problem::invalid_at(
+            Place::Parameter(name.into_owned()),
+            "is not a parameter of this call, which has none in its query: what it takes is in its body and headers",
+        )),
+    }
+}
+
+async fn check(api: &Api, scope: Option<Scope>, request: &Parts) -> Result<Caller, Problem> {
     guard::check_origin(&api.facts, request)?;
     if request.uri.path().starts_with("/api/") {
         guard::check_accept(request)?;
     }
-    let scope = needs.scope(&request.method, request.extensions.get());
     let Some(scope) = scope else {
         if !request.uri.path().starts_with("/api/") {
             // Probes depend on nothing, and come by an address where others can come too.

@@ -26,6 +26,7 @@ const MOST: i64 = 10_000;
 /// Which runs: all that every one of these finds. At least one is needed.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"definition": "deploy", "status": ["waiting", "scheduled"], "dry_run": true}))]
 pub(super) struct Which {
     /// The full workflow id.
     #[serde(default)]

@@ -29,6 +29,9 @@ const REPEATS: usize = 3;
 /// What a claim may say.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "worker": "builder-7:4711", "claim_id": "5b1f0c9e-7d0a-4c3e-9a57-0d3c7f1f6b21", "workflows": ["deploy"], "max": 4, "wait_seconds": 30
+}))]
 pub(super) struct NewClaim {
     /// Who claims, as the history will say: 1 to 128 characters, best of one process alone.
     #[schema(min_length = 1, max_length = 128, example = "builder-7:4711")]
@@ -54,6 +57,9 @@ pub(super) struct NewClaim {
     /// The workflows that the key is bound to.
     #[serde(skip)]
     bound: Option<String>,
+    /// The key's name.
+    #[serde(skip)]
+    actor: Option<String>,
 }
 
 fn one() -> i64 {
@@ -178,6 +184,11 @@ pub(super) async fn claim(
     let place = api.facts.claimants.try_acquire();
     let wait = if place.is_ok() { wait } else { Duration::ZERO };
     wanted.bound = caller.bound();
+    wanted.actor = caller.name().map(str::to_owned);
+    // Another key that says the same is somebody else, who gets no lease of this one's.
+    if let (Some(id), Caller::Key(_)) = (&mut wanted.claim_id, &caller) {
+        id.insert_str(0, &format!("{}:", caller.key_id()));
+    }
     let wanted = Arc::new(wanted);
     let subscription = wanted.subscription();
     let mut clear: Option<Instant> = None;
@@ -240,6 +251,7 @@ async fn take_surely(api: &Api, wanted: &NewClaim, recent: Option<Duration>) -> 
     let (terms, executor_types) = (&api.facts.terms, ["pull".to_owned()]);
     let request = Claim {
         worker: &wanted.worker,
+        actor: wanted.actor.as_deref(),
         queues: wanted.queues.as_deref(),
         executor_types: &executor_types,
         workflows: wanted.workflows.as_deref(),

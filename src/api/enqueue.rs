@@ -9,10 +9,11 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 use super::auth::Caller;
 use super::extract::{
-    Actor, Id, Json, Traceparent, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers,
+    Actor, Id, Json, Traceparent, Unread, apply_wait, idempotency_key, preferred_wait, read_value, refuse_headers,
 };
 use super::problem::{Mistake, Place, Problem};
 use super::runs::{LONGEST_WAIT, until_over};
@@ -28,6 +29,10 @@ use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 const TAG: &str = "runs";
 /// Most entries of a batch.
 const LONGEST_BATCH: usize = 10_000;
+/// Most values in a batch, a hundred for each entry: as they are read each takes up to a hundred times its text.
+const MOST_VALUES: usize = 1_000_000;
+/// How long a batch waits until those before it are through.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// The last second of the year 9999, by the epoch's count.
 const LAST_SECOND: i64 = 253_402_300_799;
 /// Longest delay, in seconds: ten years.
@@ -36,6 +41,7 @@ const LONGEST_DELAY: f64 = 10.0 * 365.0 * 86_400.0;
 /// What an enqueue may say.
 #[derive(Debug, Default, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"input": {"commit": "4f2c9e1"}, "on_conflict": "wait", "labels": {"branch": "main"}}))]
 pub(super) struct NewRun {
     /// Handed to the run: any JSON.
     #[serde(default)]
@@ -122,7 +128,8 @@ impl NewRun {
            ("Singletrack-Actor" = Option<String>, Header, description = "Who asks, on trust; else the peer's address"),
            ("traceparent" = Option<String>, Header, description = "W3C trace context, which the run's attempts continue")),
     request_body = NewRun,
-    responses((status = 200, body = Run, description = "`return_existing`: this run has the slot"),
+    responses((status = 200, body = Run, description = "`return_existing`: this run has the slot",
+               headers(("Location" = String, description = "Where the run is read"))),
               (status = 202, body = Run, headers(("Location" = String, description = "Where the run is read"))),
               (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 409, body = Problem,
@@ -133,7 +140,7 @@ impl NewRun {
               (status = 413, body = Problem), (status = 415, body = Problem),
               (status = 422, body = Problem, description = "`invalid-request`: `errors` names each wrong part. `idempotency-key-reused`"),
               (status = 429, body = Problem, description = "`too-many-waiting`: `max_waiting` runs wait for the slot",
-               headers(("Retry-After" = u64, description = "Seconds"))),
+               headers(("Location" = String, description = "Where the holder is read, if there is one"))),
               (status = 503, body = Problem)))]
 pub(super) async fn enqueue(
     State(api): State<Api>,
@@ -267,6 +274,9 @@ fn name(answer: &Result<Enqueued, Arc<store::Error>>) -> &'static str {
 /// Many runs to enqueue.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "runs": [{"workflow_id": "deploy@prod"}, {"workflow_id": "deploy@staging", "priority": 5, "idempotency_key": "release-481"}]
+}))]
 pub(super) struct Batch {
     /// 1 to 10000, carried out in this order as far as they are for the same workflow.
     #[serde(deserialize_with = "objects")]
@@ -330,7 +340,8 @@ pub(super) struct BatchResults {
 /// Enqueue many runs
 ///
 /// Each entry by itself, as an enqueue: some may be accepted and others refused. What is wrong with the form of any of them refuses the
-/// whole request, before anything is done. At most 10000 entries and 32 MiB.
+/// whole request, before anything is done. At most 10000 entries, 1000000 values in all and 32 MiB. Four batches
+/// at once are worked on by a replica; one that had to wait for five seconds is 503.
 #[utoipa::path(
     post, path = "/api/v1/runs/batch", operation_id = "enqueue_batch",
     tag = TAG,
@@ -345,10 +356,17 @@ pub(super) async fn batch(
     Actor(requested_by): Actor,
     Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
-    Json(batch): Json<Batch>,
+    body: Unread,
 ) -> Result<axum::Json<BatchResults>, Problem> {
     // Keys are the entries' own: `idempotency_key`.
     refuse_headers(&headers, &["Idempotency-Key", "Prefer"])?;
+    if body.values() > MOST_VALUES {
+        return Err(Problem::too_many_values(MOST_VALUES));
+    }
+    let place = timeout(PATIENCE, api.facts.batches.acquire()).await;
+    let _place = place.map_err(|_| Problem::too_many_batches())?;
+    let batch: Batch = body.read()?;
+    drop(body);
     if !(1..=LONGEST_BATCH).contains(&batch.runs.len()) {
         let detail = format!("{} entries: a batch has 1 to {LONGEST_BATCH}", batch.runs.len());
         return Err(Problem::invalid_at(Place::Pointer("/runs".into()), detail));

@@ -140,7 +140,7 @@ pub(super) fn answer(api: Api, caller: Caller, events: impl stream::Stream<Item 
             () = writing => {}
             () = written.closed() => {}
             () = api.draining.cancelled() => {}
-            () = api.keys.until_refused(&api.db, &caller) => {}
+            () = api.keys.until_refused(&api.flights, &caller) => {}
         }
     });
     let taken = stream::poll_fn(move |context| taken.poll_recv(context));

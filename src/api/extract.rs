@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Query, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
@@ -30,11 +30,54 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        Unread::from_request(request, state).await?.read().map(Self)
+    }
+}
+
+/// A body of JSON that has arrived and is yet to be read: read, it may take many times the room.
+pub(super) struct Unread(Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Unread {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         if !is_json(request.headers()) {
             return Err(Problem::not_json());
         }
-        let body = whole(request, state, BODY_TIME).await?;
-        parse(&body).map(Self)
+        whole(request, state, BODY_TIME).await.map(Self)
+    }
+}
+
+impl Unread {
+    /// What it says.
+    pub(super) fn read<T: DeserializeOwned>(&self) -> Result<T, Problem> {
+        parse(&self.0)
+    }
+
+    /// How many values are in it at most, by what stands between them. Text is one value, whatever is in it.
+    pub(super) fn values(&self) -> usize {
+        let (mut in_text, mut escaped, mut count) = (false, false, 0);
+        for byte in &self.0 {
+            match byte {
+                _ if escaped => escaped = false,
+                b'\\' => escaped = in_text,
+                b'"' => in_text = !in_text,
+                b',' | b'[' | b'{' if !in_text => count += 1,
+                _ => {}
+            }
+        }
+        count
+    }
+}
+
+/// A body of any kind.
+pub(super) struct Body(pub(super) Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        whole(request, state, BODY_TIME).await.map(Self)
     }
 }
 
@@ -108,10 +151,12 @@ impl<S: Send + Sync, T: FromStr<Err: Display> + Send> FromRequestParts<S> for Id
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let wrong = |detail: String| Problem::invalid_at(Place::Parameter("id".into()), detail);
-        let Path(text) =
-            Path::<String>::from_request_parts(parts, state).await.map_err(|error| wrong(error.body_text()))?;
-        text.parse().map(Self).map_err(|error: T::Err| wrong(error.to_string()))
+        let params = RawPathParams::from_request_parts(parts, state).await;
+        let params = params.map_err(|error| Problem::invalid_at(Place::Parameter("id".into()), error.body_text()))?;
+        let (name, text) = params.iter().next().unwrap_or_default();
+        text.parse()
+            .map(Self)
+            .map_err(|error: T::Err| Problem::invalid_at(Place::Parameter(name.into()), error.to_string()))
     }
 }
 
@@ -268,13 +313,18 @@ pub(super) fn preferred_wait(headers: &HeaderMap, longest: Duration) -> Result<O
 
 #[cfg(test)]
 mod tests {
-    use axum::body::Body;
-
     use super::*;
+
+    #[test]
+    fn values_are_counted_where_they_are_and_not_in_text() {
+        for (text, values) in [("{}", 1), (r#"{"a": [0, 1], "b": {}}"#, 5), (r#"["a,b\",[{", "\\", 0]"#, 3), ("", 0)] {
+            assert_eq!(Unread(Bytes::from_static(text.as_bytes())).values(), values, "{text}");
+        }
+    }
 
     #[tokio::test]
     async fn a_body_that_does_not_end_is_408() {
-        let body = Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
+        let body = axum::body::Body::from_stream(futures_util::stream::pending::<Result<Bytes, std::io::Error>>());
         let refused = whole(Request::new(body), &(), Duration::from_millis(10)).await.expect_err("it does not arrive");
         assert_eq!((refused.status(), refused.cause()), (StatusCode::REQUEST_TIMEOUT, "body-too-slow"));
     }

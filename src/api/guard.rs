@@ -1,7 +1,7 @@
 //! Keeps web pages out. The service can start commands on this machine, and any page in a browser on it can send requests
 //! to loopback: by name (`Host`, against DNS rebinding) and by origin they must be ours.
 
-use axum::http::header;
+use axum::http::header::{self, HeaderName};
 use axum::http::request::Parts;
 
 use super::Facts;
@@ -17,7 +17,7 @@ fn text(request: &Parts, name: header::HeaderName) -> Option<String> {
 
 /// Refuses a request that came by a foreign name. One with a good key needs no such check: no page has it that was led here.
 pub(super) fn check_host(facts: &Facts, request: &Parts) -> Result<(), Problem> {
-    // HTTP/2 has the name in the URI instead.
+    // Who asks as one asks a proxy has the name in the URI, which counts.
     let host = request.uri.authority().map(|authority| authority.to_string());
     match host.or_else(|| text(request, header::HOST)) {
         Some(host) if is_ours(facts, &host) => Ok(()),
@@ -25,10 +25,13 @@ pub(super) fn check_host(facts: &Facts, request: &Parts) -> Result<(), Problem> 
     }
 }
 
-/// Refuses a request of a foreign page.
+/// Refuses a request of a foreign page. One that only wants to have something shown, as an image say, names no origin, but browsers say that
+/// it is another. The dashboard's own pages, which others may lead to, are not asked for here.
 pub(super) fn check_origin(facts: &Facts, request: &Parts) -> Result<(), Problem> {
+    let site = || text(request, HeaderName::from_static("sec-fetch-site"));
     match text(request, header::ORIGIN) {
         Some(origin) if !is_our_origin(facts, &origin) => Err(Problem::refused_origin(&origin)),
+        None if site().is_some_and(|site| site.ends_with("-site")) => Err(Problem::refused_site()),
         _ => Ok(()),
     }
 }

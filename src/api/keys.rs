@@ -24,6 +24,7 @@ const LONGEST: f64 = 100.0 * 365.0 * 86_400.0;
 /// A key to make.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"name": "ci", "scopes": ["enqueue", "read"], "workflows": ["deploy@*"], "expires_in_seconds": 7776000}))]
 pub(super) struct NewKey {
     /// The actor of what is done with it: 1 to 128 characters, and no other good key's name.
     #[schema(min_length = 1, max_length = 128, example = "ci")]

@@ -161,7 +161,7 @@ impl From<Renewal> for Heard {
 /// over its head: its run as `timed_out`, one heartbeat timeout after the time limit.
 #[utoipa::path(
     post, path = "/api/v1/leases/heartbeat", operation_id = "heartbeat", tag = TAG,
-    request_body = Leases<Heartbeat>,
+    request_body(content = Leases<Heartbeat>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "progress": {"percent": 40}}]})),
     responses((status = 200, body = Answers<Heard>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -216,14 +216,14 @@ impl Finish {
         ]
     }
 
-    fn outcome(self) -> (Lease, Outcome) {
+    fn outcome(self, said_by: Option<&str>) -> (Lease, Outcome) {
         let verdict = match self.outcome {
             End::Succeeded => Verdict::Succeeded,
             End::Failed => Verdict::Failed,
             End::Cancelled => Verdict::Cancelled,
         };
-        let outcome = Outcome { output: self.output.map(Value::Object), error: self.error, ..Outcome::of(verdict) };
-        (self.token.0, outcome)
+        let (output, said_by) = (self.output.map(Value::Object), said_by.map(str::to_owned));
+        (self.token.0, Outcome { output, error: self.error, said_by, ..Outcome::of(verdict) })
     }
 }
 
@@ -252,11 +252,12 @@ enum Taken {
 /// again; one that was to be cancelled is `cancelled`, and one past its time limit `timed_out`, unless it succeeded.
 ///
 /// The target of an http workflow that answered 202 finishes its run here too, with the token that its request carried. The token is
-/// enough: this call needs no key.
+/// enough: this call needs no key, for one lease at a time.
 #[utoipa::path(
     post, path = "/api/v1/leases/finish", operation_id = "finish", tag = TAG,
-    request_body = Leases<Finish>,
+    request_body(content = Leases<Finish>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "outcome": "succeeded", "output": {"passed": 12}}]})),
     responses((status = 200, body = Answers<Finished>), (status = 400, body = Problem), (status = 413, body = Problem),
+              (status = 401, body = Problem, description = "`not-authenticated`: several leases, and no good key"),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn finish(
@@ -265,7 +266,11 @@ pub(super) async fn finish(
     Json(ends): Json<Leases<Finish>>,
 ) -> Result<axum::Json<Answers<Finished>>, Problem> {
     let ends = ends.checked(|end| end.token, |end| end.check(api.facts.terms.output_bytes))?;
-    let outcomes: Vec<_> = ends.into_iter().map(Finish::outcome).collect();
+    // A thousand would be many guesses, and much of the room that all ends have: an http target has one.
+    if ends.len() > 1 && !caller.is_let_in() {
+        return Err(Problem::no_key(false));
+    }
+    let outcomes: Vec<_> = ends.into_iter().map(|end| end.outcome(caller.name())).collect();
     let ids: Vec<Uuid> = outcomes.iter().map(|(lease, _)| lease.run_id).collect();
     let ends = outcomes.clone();
     let settler = api.settler.clone();
@@ -326,19 +331,22 @@ pub(super) struct Released {
 /// `cancelled` instead. A repetition is answered `lost`: the lease is gone either way.
 #[utoipa::path(
     post, path = "/api/v1/leases/release", operation_id = "release", tag = TAG,
-    request_body = Leases<Release>,
+    request_body(content = Leases<Release>, example = json!({"leases": [{"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA"}]})),
     responses((status = 200, body = Answers<Released>), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
 pub(super) async fn release(
     State(api): State<Api>,
+    caller: Caller,
     Json(releases): Json<Leases<Release>>,
 ) -> Result<axum::Json<Answers<Released>>, Problem> {
     let releases = releases.checked(|release| release.token, |_| [])?;
     let leases: Vec<Lease> = releases.iter().map(|release| release.token.0).collect();
     let given = leases.clone();
-    let work =
-        async move { api.flights.with(async |connection| claim::release(connection, &given, None, None).await).await };
+    let by = caller.name().map(str::to_owned);
+    let work = async move {
+        api.flights.with(async |connection| claim::release(connection, &given, by.as_deref(), None).await).await
+    };
     let released: HashSet<Lease> = to_its_end(work).await??.into_iter().collect();
     let result = |lease| if released.contains(lease) { Taken::Ok } else { Taken::Lost };
     Ok(answers(leases.iter().map(|lease| Released { result: result(lease) })))
@@ -347,6 +355,7 @@ pub(super) async fn release(
 /// A piece of log.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"token": "st1_AZjFoFoeflydPD9tKhtMXQAAAAAAAAAqPqk2pSx6TBKMs1oXgGfYiA", "stream": "stdout", "seq": 1, "text": "12 tests passed\n"}))]
 pub(super) struct Piece {
     token: Token,
     /// Where it came from.

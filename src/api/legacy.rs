@@ -2,8 +2,7 @@
 //! its status codes, its way to say errors. Unknown fields are ignored here, as they were there.
 
 use axum::Json;
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, PathRejection};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse as _, Response};
@@ -13,7 +12,7 @@ use uuid::Uuid;
 use super::Api;
 use super::auth::Caller;
 use super::enqueue::{Started, start as start_run};
-use super::extract::{Actor, Traceparent, is_json};
+use super::extract::{Actor, Body, Traceparent, is_json};
 use super::problem::Problem;
 use crate::domain::{OnConflict, Run, WorkflowId};
 use crate::store;
@@ -24,6 +23,7 @@ const TAG: &str = "legacy";
 
 /// The body of a start.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[schema(example = json!({"workflow_id": "deploy@prod"}))]
 pub(super) struct Start {
     /// The workflow to run.
     #[schema(example = "deploy@prod")]
@@ -79,13 +79,11 @@ pub(super) async fn start(
     actor: Result<Actor, Problem>,
     Traceparent(traceparent): Traceparent,
     headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
+    body: Result<Body, Problem>,
 ) -> Response {
     // JSON by name only: a web form must not be able to start anything.
-    let body = body.ok().filter(|_| is_json(&headers)).unwrap_or_default();
-    let Some(Start { workflow_id }) =
-        serde_json::from_slice(&body).ok().filter(|start: &Start| !start.workflow_id.is_empty())
-    else {
+    let start = body.ok().filter(|_| is_json(&headers)).and_then(|Body(text)| serde_json::from_slice(&text).ok());
+    let Some(Start { workflow_id }) = start.filter(|start: &Start| !start.workflow_id.is_empty()) else {
         return (StatusCode::BAD_REQUEST, Json(Refusal::new("workflow_id is required"))).into_response();
     };
     let Some(workflow_id) = workflow_id.parse::<WorkflowId>().ok().filter(|id| caller.sees(id.as_str())) else {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{Method, StatusCode, header};
+use axum::http::{Method, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use tokio::sync::Mutex;
@@ -35,13 +35,8 @@ pub(super) async fn serve(State(api): State<Api>, caller: Caller) -> Result<Resp
     // Sums of all workflows are not for who may see some of them.
     caller.check_unbound()?;
     ask(&api).await;
-    Ok(match render() {
-        Ok(text) => ([(header::CONTENT_TYPE, MEDIA_TYPE)], text).into_response(),
-        Err(error) => {
-            tracing::error!(%error, "can't render the metrics");
-            StatusCode::INTERNAL_SERVER_ERROR.into_response()
-        }
-    })
+    let text = render().map_err(|error| Problem::internal(format!("can't render the metrics: {error}")))?;
+    Ok(([(header::CONTENT_TYPE, MEDIA_TYPE)], text).into_response())
 }
 
 /// Asks the database and the pools.

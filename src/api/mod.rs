@@ -69,6 +69,8 @@ pub const BODY_LIMIT: usize = 1 << 20;
 const BATCH_LIMIT: usize = 32 << 20;
 /// Requests of a kind that may wait at once, for a run's end or for a run to claim; those beyond are answered without waiting.
 const WAITERS: usize = 1000;
+/// Batches of runs that are worked on at once: each may take a hundred MiB.
+const BATCHES: usize = 4;
 
 /// What handlers need: each layer of each request has a copy.
 #[derive(Clone)]
@@ -135,6 +137,8 @@ pub struct Facts {
     pub waiters: Semaphore,
     /// Places for requests that wait for a run to claim.
     pub claimants: Semaphore,
+    /// Places for batches of runs.
+    pub batches: Semaphore,
 }
 
 /// What holds for workers that claim over HTTP, where the workflow says nothing else.
@@ -161,8 +165,8 @@ impl Facts {
         terms: Terms,
         idempotency_ttl: Duration,
     ) -> Self {
-        let [waiters, claimants] = [Semaphore::new(WAITERS), Semaphore::new(WAITERS)];
-        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants }
+        let [waiters, claimants, batches] = [WAITERS, WAITERS, BATCHES].map(Semaphore::new);
+        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants, batches }
     }
 }
 
@@ -269,17 +273,17 @@ fn to(
     (schemas, paths, methods)
 }
 
-/// The whole API.
-pub fn router(api: Api) -> Router {
-    finish(routes(api.facts.terms.output_bytes), api)
+/// The whole API, and `pages` that anybody may see.
+pub fn router(api: Api, pages: Router) -> Router {
+    finish(routes(api.facts.terms.output_bytes), api, pages)
 }
 
 /// Only the probes.
 pub fn probes_router(api: Api) -> Router {
-    finish(probes(), api)
+    finish(probes(), api, Router::new())
 }
 
-fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
+fn finish(routes: OpenApiRouter<Api>, api: Api, pages: Router) -> Router {
     let (router, document) = routes.split_for_parts();
     let gate = auth::Gate::new(api.clone(), &document);
     let router = router
@@ -287,7 +291,7 @@ fn finish(routes: OpenApiRouter<Api>, api: Api) -> Router {
         .method_not_allowed_fallback(problem::no_such_method)
         .layer(middleware::from_fn_with_state(gate, auth::admit))
         .layer(DefaultBodyLimit::max(BODY_LIMIT));
-    surround(router).with_state(api)
+    surround(router.with_state(api).merge(pages.method_not_allowed_fallback(problem::no_such_method)))
 }
 
 /// What holds of every answer, whoever gives it.
@@ -295,13 +299,25 @@ fn surround<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     let request_id = HeaderName::from_static("x-request-id");
     router.layer(CatchPanicLayer::custom(problem::of_panic)).layer(middleware::from_fn(metrics::measure)).layer(
         ServiceBuilder::new()
+            .map_request(without_strange_id)
             .set_request_id(request_id.clone(), MakeRequestUuid)
             .layer(TraceLayer::new_for_http().make_span_with(span).on_request(()).on_failure(()))
             .propagate_request_id(request_id)
             .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
             .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
+            .layer(unless_set(HeaderName::from_static("cross-origin-resource-policy"), "same-origin"))
             .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
     )
+}
+
+/// A name for the request that could not be told from what is beside it in a log is replaced.
+fn without_strange_id<B>(mut request: Request<B>) -> Request<B> {
+    let is_strange =
+        |id: &HeaderValue| !(1..=128).contains(&id.len()) || !id.as_bytes().iter().all(u8::is_ascii_graphic);
+    if request.headers().get("x-request-id").is_some_and(is_strange) {
+        request.headers_mut().remove("x-request-id");
+    }
+    request
 }
 
 /// Tells browsers what not to do with an answer; a page says for itself what it needs.

@@ -2,13 +2,14 @@
 
 mod links;
 
+use std::collections::BTreeMap;
 use std::sync::LazyLock;
 
 use axum::body::Bytes;
 use axum::http::header;
 use axum::response::IntoResponse;
 use utoipa::PartialSchema as _;
-use utoipa::openapi::header::HeaderBuilder;
+use utoipa::openapi::header::{Header, HeaderBuilder};
 use utoipa::openapi::path::{Operation, ParameterIn};
 use utoipa::openapi::response::ResponseBuilder;
 use utoipa::openapi::schema::Schema;
@@ -37,40 +38,90 @@ pub fn document() -> OpenApi {
     bearer.description =
         Some("A key, `st_<id>_<secret>`: `singletrack keys create` makes one, or POST /api/v1/keys.".into());
     document.components.get_or_insert_default().add_security_scheme("api_key", SecurityScheme::Http(bearer));
+    document.components.get_or_insert_default().headers.extend(headers());
     for (path, item) in &mut document.paths.paths {
         for operation in operations(item) {
-            if path.starts_with("/api/v1/") {
-                let responses = &mut operation.responses.responses;
-                responses.insert("500".into(), problem("`internal`: it failed, and the service's log has the cause."));
-                responses.insert("403".into(), problem(NOT_OURS));
-                responses.insert("406".into(), problem("`not-acceptable`: `Accept` asks for nothing that there is."));
-                if operation.request_body.is_some() || responses.contains_key("415") {
-                    responses.insert("408".into(), problem("`body-too-slow`: it did not arrive within a minute."));
-                }
-            }
             complete(operation);
+            let is_guarded = operation.security.as_deref().unwrap_or_default().len() > 1;
+            let takes_body = operation.request_body.is_some();
+            refuse(&mut operation.responses.responses, path, is_guarded, takes_body);
             if path.starts_with("/api/v1/workflows/") || path.starts_with("/api/v1/schedules/") {
                 form_of_the_name(operation, WORKFLOW_ID);
             } else if path.starts_with("/api/v1/queues/") {
                 form_of_the_name(operation, QUEUE);
             }
-            if operation.security.as_deref().unwrap_or_default().len() > 1 {
-                let responses = &mut operation.responses.responses;
-                responses.insert("401".into(), unknown_caller());
-                responses
-                    .entry("429".into())
-                    .or_insert_with(|| problem("`too-many-requests`: the key is over its rate."));
-                responses.insert(
-                    "403".into(),
-                    problem(&format!(
-                        "`not-allowed`: the key does not have the scope, or is bound to other workflows. {NOT_OURS}"
-                    )),
-                );
-            }
+            name_headers(&mut operation.responses.responses);
         }
     }
     links::add(&mut document);
     document
+}
+
+type Responses = BTreeMap<String, RefOr<Response>>;
+
+/// The answers that no handler gives: those of what stands before all of them, and of a failure inside.
+fn refuse(responses: &mut Responses, path: &str, is_guarded: bool, takes_body: bool) {
+    let has_body = takes_body || responses.contains_key("415");
+    let mut add = |status: &str, meaning: &str| {
+        responses.entry(status.into()).or_insert_with(|| problem(meaning));
+    };
+    add("500", "`internal`: it failed, and the service's log has the cause.");
+    if path.starts_with("/api/") {
+        add("406", "`not-acceptable`: `Accept` asks for nothing that there is.");
+        if is_guarded {
+            add("503", meaning("503"));
+        }
+    }
+    if path.starts_with("/api/v1/") {
+        if has_body {
+            add("408", "`body-too-slow`: it did not arrive within a minute.");
+        }
+        add("422", meaning("422"));
+    }
+    if !is_guarded {
+        return add("403", NOT_OURS);
+    }
+    add("401", "`not-authenticated`: there is no key, or no good one.");
+    add("429", "`too-many-requests`: the key is over its rate.");
+    let scope = "`not-allowed`: the key does not have the scope, or is bound to other workflows.";
+    add("403", &format!("{scope} {NOT_OURS}"));
+    add("503", meaning("503"));
+}
+
+/// What a header of an answer means.
+const HEADERS: [(&str, &str); 3] = [
+    (
+        "X-Request-Id",
+        "What the service's log calls the request; the request's own, where it had one of 1 to 128 visible ASCII characters",
+    ),
+    ("Retry-After", "Seconds"),
+    ("WWW-Authenticate", "`Bearer`"),
+];
+
+fn headers() -> impl Iterator<Item = (String, RefOr<Header>)> {
+    HEADERS.into_iter().map(|(name, meaning)| {
+        let schema = if name == "Retry-After" { u64::schema() } else { String::schema() };
+        (name.to_owned(), HeaderBuilder::new().schema(Some(schema)).description(Some(meaning)).build().into())
+    })
+}
+
+/// Names the headers that are the same for all answers of a status.
+fn name_headers(responses: &mut Responses) {
+    for (status, response) in responses {
+        let RefOr::T(response) = response else { continue };
+        let is_problem = response.content.contains_key(PROBLEM_JSON);
+        for (name, _) in HEADERS {
+            let has = match name {
+                "Retry-After" => status == "429" || (status == "503" && is_problem),
+                "WWW-Authenticate" => status == "401",
+                _ => true,
+            };
+            if has {
+                let reference = Ref::new(format!("#/components/headers/{name}"));
+                response.headers.entry(name.into()).or_insert(RefOr::Ref(reference));
+            }
+        }
+    }
 }
 
 /// Says what the name in the path looks like.
@@ -97,7 +148,9 @@ fn meaning(status: &str) -> &'static str {
         "201" => "Made",
         "202" => "Accepted, and committed before this answer",
         "204" => "Done",
-        "400" => "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list.",
+        "400" => {
+            "`malformed-request`: it can't be read. `invalid-cursor`: the cursor is of another list, or was changed."
+        }
         "404" => "`not-found`",
         "412" => "`precondition-failed`: it is not as `If-Match` or `If-None-Match` says.",
         "413" => "`too-large`",
@@ -113,19 +166,8 @@ fn problem(meaning: &str) -> RefOr<Response> {
     ResponseBuilder::new().description(meaning).content(PROBLEM_JSON, content).build().into()
 }
 
-/// The answer to whoever has no good key.
-fn unknown_caller() -> RefOr<Response> {
-    let mut response = problem("`not-authenticated`: there is no key, or no good one.");
-    if let RefOr::T(response) = &mut response {
-        let mut challenge = HeaderBuilder::new().schema(Some(String::schema())).build();
-        challenge.description = Some("`Bearer`".into());
-        response.headers.insert("WWW-Authenticate".into(), challenge.into());
-    }
-    response
-}
-
 /// The routes' declarations say what the bodies are, and not what is the same for all: under which media type problems are
-/// sent, what a status means, and that 503 says when to come back.
+/// sent, and what a status means.
 fn complete(operation: &mut Operation) {
     for (status, response) in &mut operation.responses.responses {
         let RefOr::T(response) = response else { continue };
@@ -140,10 +182,6 @@ fn complete(operation: &mut Operation) {
             && let Some(content) = response.content.shift_remove("application/json")
         {
             response.content.insert(PROBLEM_JSON.into(), content);
-            if status == "503" {
-                let seconds = HeaderBuilder::new().schema(Some(u64::schema())).description(Some("Seconds")).build();
-                response.headers.insert("Retry-After".into(), seconds.into());
-            }
         }
     }
 }

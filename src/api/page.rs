@@ -38,11 +38,12 @@ impl<T: Serialize> IntoResponse for Page<T> {
     }
 }
 
-/// Which page is asked for. A cursor holds where the page before ended and a mark of the list it belongs to: one that is
-/// used with other filters would skip entries in silence.
+/// Which page is asked for. A cursor holds where the page before ended, and a mark of that and of the list it belongs to: one that was
+/// changed, or is used with other filters, would skip entries in silence.
 pub(super) struct Wanted<P> {
     limit: i64,
-    mark: u64,
+    /// What the list is, with its filters.
+    list: Vec<u8>,
     /// The query of this page, without its cursor.
     query: Vec<(String, String)>,
     /// Where the page before ended.
@@ -61,20 +62,20 @@ impl<P: Serialize + DeserializeOwned> Wanted<P> {
                 Problem::invalid_at(Place::Parameter("limit".into()), format!("must be a number from 1 to {MOST}"))
             })?,
         };
-        let mark = mark(list);
+        let list = serde_json::to_vec(list).unwrap_or_default();
         let query = params.given().iter().filter(|(name, _)| name != "cursor").cloned().collect();
         let after = match params.one::<String>("cursor")? {
             None => None,
             Some(text) => {
                 let bytes = URL_SAFE_NO_PAD.decode(text).map_err(|_| Problem::invalid_cursor())?;
                 let Cursor(marked, after) = serde_json::from_slice(&bytes).map_err(|_| Problem::invalid_cursor())?;
-                if marked != mark {
+                if marked != mark(&list, &after) {
                     return Err(Problem::invalid_cursor());
                 }
                 Some(after)
             }
         };
-        Ok(Self { limit, mark, query, after })
+        Ok(Self { limit, list, query, after })
     }
 
     /// How many rows to read: one more than the page holds tells whether there is another page.
@@ -88,7 +89,8 @@ impl<P: Serialize + DeserializeOwned> Wanted<P> {
         let more = rows.len() > limit;
         rows.truncate(limit);
         let next_cursor = rows.last().filter(|_| more).map(|last| {
-            URL_SAFE_NO_PAD.encode(serde_json::to_vec(&Cursor(self.mark, place(last))).unwrap_or_default())
+            let place = place(last);
+            URL_SAFE_NO_PAD.encode(serde_json::to_vec(&Cursor(mark(&self.list, &place), place)).unwrap_or_default())
         });
         let next = next_cursor.as_deref().map(|cursor| {
             let mut query = form_urlencoded::Serializer::new(String::new());
@@ -99,8 +101,8 @@ impl<P: Serialize + DeserializeOwned> Wanted<P> {
 }
 
 /// The same for every replica, whatever it was built by: a cursor of one is good at another.
-fn mark(list: &impl Serialize) -> u64 {
-    let hash = Sha256::digest(serde_json::to_vec(list).unwrap_or_default());
+fn mark(list: &[u8], place: &impl Serialize) -> u64 {
+    let hash = Sha256::new().chain_update(list).chain_update(serde_json::to_vec(place).unwrap_or_default()).finalize();
     hash.iter().take(8).fold(0, |mark, byte| mark << 8 | u64::from(*byte))
 }
 
@@ -116,8 +118,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mark_of_a_list_is_the_same_for_every_build() {
-        assert_eq!(mark(&("workers", None::<String>)), 17_585_758_596_898_383_332);
+    fn the_mark_of_a_place_in_a_list_is_the_same_for_every_build() {
+        assert_eq!(mark(br#"["workers",null]"#, &"w"), 547_498_537_319_880_209);
     }
 }
 
@@ -134,8 +136,9 @@ mod fuzz {
     #[test]
     fn a_cursor_of_any_kind_is_refused_or_is_one_of_this_list() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        let mark = mark(&"a list");
         bolero::check!().for_each(|bytes: &[u8]| {
+            let place: Option<Place> = serde_json::from_slice(bytes).ok();
+            let mark = mark(br#""a list""#, &place);
             let marked = [format!("[{mark},").as_bytes(), bytes, b"]"].concat();
             for cursor in [
                 String::from_utf8_lossy(bytes).into_owned(),
@@ -146,7 +149,7 @@ mod fuzz {
                 let (mut parts, ()) = Request::get(format!("/?{query}")).body(()).unwrap().into_parts();
                 let mut params = runtime.block_on(Params::from_request_parts(&mut parts, &())).unwrap();
                 if let Ok(wanted) = Wanted::<Place>::take(&mut params, &"a list") {
-                    assert!(wanted.mark == mark && wanted.after.is_some());
+                    assert!(wanted.after.is_some() && wanted.after == place, "a place that was not marked");
                 }
             }
         });

@@ -58,7 +58,7 @@ impl std::str::FromStr for QueueName {
     tag = TAG,
     params(("id" = String, Path, description = "Workflow id, or an instance of one", example = "deploy@prod"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
-    request_body(content = Option<Reason>, description = "Nothing, or why"),
+    request_body(content = Option<Reason>, description = "Nothing, or why", example = json!({"reason": "the cluster is being upgraded"})),
     responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 404, body = Problem),
               (status = 413, body = Problem), (status = 415, body = Problem), (status = 422, body = Problem),
               (status = 503, body = Problem)))]
@@ -124,7 +124,7 @@ pub(super) async fn queues(State(db): State<Db>, caller: Caller) -> Result<axum:
     tag = TAG,
     params(("id" = String, Path, description = "The queue's name", example = "default"),
            ("Singletrack-Actor" = Option<String>, Header, description = "Who does it, on trust; else the peer's address")),
-    request_body(content = Option<Reason>, description = "Nothing, or why"),
+    request_body(content = Option<Reason>, description = "Nothing, or why", example = json!({"reason": "the cluster is being upgraded"})),
     responses((status = 200, body = Paused), (status = 400, body = Problem), (status = 413, body = Problem),
               (status = 415, body = Problem), (status = 422, body = Problem), (status = 503, body = Problem)))]
 pub(super) async fn pause_queue(

@@ -35,7 +35,7 @@ pub(super) struct Problem {
     /// `idempotency-key-reused`, `idempotency-in-flight`, `workflow-in-use`, `run-over`, `lease-lost`, `not-found`,
     /// `method-not-allowed`, `invalid-request`, `invalid-cursor`, `malformed-request`, `unsupported-media-type`, `too-large`,
     /// `not-authenticated`, `not-allowed`, `key-name-taken`, `too-many-requests`, `host-not-allowed`, `origin-not-allowed`,
-    /// `too-many-listeners`, `precondition-failed`, `not-acceptable`, `body-too-slow`, `contended`, `database-busy`,
+    /// `too-many-listeners`, `too-many-batches`, `precondition-failed`, `not-acceptable`, `body-too-slow`, `contended`, `database-busy`,
     /// `database-unavailable`, `internal`. docs/problems.md says of each when it is given and what to do.
     #[serde(rename = "type", serialize_with = "as_type")]
     #[schema(value_type = String)]
@@ -300,6 +300,18 @@ impl Problem {
         ))
     }
 
+    pub(super) fn too_many_values(most: usize) -> Self {
+        Self::too_large().with_detail(format!("At most {most} values in one body: send fewer things at once."))
+    }
+
+    pub(super) fn too_many_batches() -> Self {
+        Self {
+            retry_after: Some(RETRY),
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "too-many-batches", "Too many batches are worked on here")
+                .with_detail("Nothing was enqueued. Ask another replica, or repeat it after the time in Retry-After.")
+        }
+    }
+
     pub(super) fn too_many_listeners(most: usize) -> Self {
         Self {
             retry_after: Some(RETRY),
@@ -333,6 +345,11 @@ impl Problem {
             "What it may have taken is queued again after its heartbeat timeout. With a `claim_id` a repetition would get it."
         };
         Self { detail: Some(what_to_do.into()), ..Self::unavailable(error) }
+    }
+
+    /// The answer to those who waited for a look at the keys that failed; whoever looked has said why.
+    pub(super) fn keys_unread() -> Self {
+        Self { for_the_log: None, ..Self::unavailable(&store::Error::TimedOut) }
     }
 
     fn unavailable(error: &store::Error) -> Self {

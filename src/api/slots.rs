@@ -31,7 +31,7 @@ pub(super) async fn list(State(db): State<Db>, caller: Caller, mut params: Param
 /// Workers
 ///
 /// Replicas and pull workers that asked for runs within the last day, and did not say that they stop: what they take, and when they
-/// were seen. `running` are runs that they have, of those that the key may see.
+/// were seen. `running` are runs that they have. A key that is bound to workflows is told of those alone that have to do with these.
 #[utoipa::path(
     get, path = "/api/v1/workers", operation_id = "list_workers", tag = "workers",
     params(("limit" = Option<i64>, Query, minimum = 1, maximum = 200, description = "50 without it"),

@@ -185,6 +185,8 @@ fn in_a_line(error: &anyhow::Error) -> String {
 fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
     // Commands may run under the same account, and must not read the service's secrets from its memory or environment.
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    // Before the first connection, and the first command that is to have what was given.
+    app::raise_open_files();
     telemetry::install(&config).context("can't set up the log")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(async {

@@ -50,12 +50,14 @@ pub struct Outcome {
     pub error: Option<String>,
     /// How long a next attempt has to wait at least, where whoever was asked said so. More than a week counts as a week.
     pub retry_after: Option<Duration>,
+    /// Who says so, where that is not the worker that claimed the run.
+    pub said_by: Option<String>,
 }
 
 impl Outcome {
     /// An attempt that left nothing but its verdict.
     pub fn of(verdict: Verdict) -> Self {
-        Self { verdict, reason: None, exit_code: None, output: None, error: None, retry_after: None }
+        Self { verdict, reason: None, exit_code: None, output: None, error: None, retry_after: None, said_by: None }
     }
 
     /// An attempt that left nothing but its verdict and the reason for it.

@@ -105,6 +105,10 @@ pub fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), String> {
 /// What a workflow says: the body of `PUT /workflows/{id}`, and what a revision keeps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "executor": {"type": "command", "argv": ["npm", "test"], "cwd": "/srv/shop"},
+    "timeout_seconds": 900, "max_attempts": 2, "labels": {"team": "shop"}
+}))]
 pub struct Definition {
     /// What runs it.
     pub executor: Executor,

@@ -123,6 +123,7 @@ async fn take(ctx: &Ctx, free: usize, recent: Option<Duration>) -> Result<(Boott
     let Subscription { executor_types, queues, workflows } = ctx.subscription();
     let request = Claim {
         worker: &ctx.name,
+        actor: None,
         queues: queues.as_deref(),
         executor_types: &executor_types,
         workflows: workflows.as_deref(),

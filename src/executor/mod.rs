@@ -10,6 +10,7 @@ pub mod boottime;
 pub mod command;
 pub mod handler;
 pub mod http;
+pub mod open_files;
 
 mod log;
 mod output;

@@ -23,6 +23,8 @@ pub const RECENT: Duration = Duration::from_secs(10);
 pub struct Claim<'a> {
     /// Who claims.
     pub worker: &'a str,
+    /// Who is said to have done it, where that is not the worker.
+    pub actor: Option<&'a str>,
     /// The queues it serves; `None` for all.
     pub queues: Option<&'a [String]>,
     /// The executor types it can run.
@@ -87,6 +89,7 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
         claim.claim_id,
         claim.recent.and_then(|recent| PgInterval::try_from(recent).ok()),
         claim.bound,
+        claim.actor,
     )
     .fetch_all(connection)
     .await?;

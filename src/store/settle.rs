@@ -26,7 +26,7 @@ pub enum Settled {
 /// What an end comes to is decided here, in the update itself, because a request to cancel may arrive until then; the
 /// table is [`crate::domain::status::transition`]. Where another attempt is to follow, the run goes back to `queued` and
 /// keeps its slot; the wait is that of its workflow's revision, or longer where the outcome says so, and a week at most.
-/// `actor` is who does it, where that is not the worker that claimed the run.
+/// `actor` is who does it, where that is neither the worker that claimed the run nor whom the outcome names.
 pub async fn settle<'a>(
     connection: &mut PgConnection,
     outcomes: &[(Lease, Outcome)],
@@ -76,6 +76,8 @@ async fn attempt(
     let errors: Vec<Option<String>> = outcomes.iter().map(|(_, outcome)| outcome.error.clone()).collect();
     let waits: Vec<Option<f64>> =
         outcomes.iter().map(|(_, outcome)| outcome.retry_after.map(|wait| wait.as_secs_f64())).collect();
+    let actors: Vec<Option<String>> =
+        outcomes.iter().map(|(_, outcome)| outcome.said_by.clone().or(actor.map(str::to_owned))).collect();
     let mut rows = sqlx::query_file!(
         "src/store/sql/settle.sql",
         &run_ids,
@@ -86,7 +88,7 @@ async fn attempt(
         &exit_codes as &[Option<i32>],
         &outputs as &[Option<serde_json::Value>],
         &errors as &[Option<String>],
-        actor,
+        &actors as &[Option<String>],
         &waits as &[Option<f64>],
     )
     .fetch_all(connection)

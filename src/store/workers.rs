@@ -101,8 +101,9 @@ pub struct Worker {
     pub running: i64,
 }
 
-/// At most `limit` workers that come after `after`, by name. Of their runs those count whose workflow `bound`, a regular expression of Postgres,
-/// matches.
+/// At most `limit` workers that come after `after`, by name. Where there is a `bound`, a regular expression of Postgres, only what has to do
+/// with the workflows that it matches: workers that have a run of them or may take one, those of the workflows that they name, and of their
+/// queues those in which one has a slot.
 pub async fn list(
     connection: &mut PgConnection,
     bound: Option<&str>,
@@ -112,16 +113,28 @@ pub async fn list(
     sqlx::query_as!(
         Worker,
         r#"
-        with holding as (
-            select worker, count(*) as running
+        with holders as materialized (
+            select worker, queue, status
             from test_runs
-            where status = 'running' and workflow_id ~ coalesce($1, '')
+            where status in ('queued', 'running') and workflow_id ~ coalesce($1, '')
+        ),
+        holding as (
+            select worker, count(*) as running
+            from holders
+            where status = 'running'
             group by worker
         )
-        select w.name, w.executor_types, w.queues, w.workflows, w.version, w.seen_at, coalesce(h.running, 0) as "running!"
+        select w.name, w.executor_types, s.queues, s.workflows, w.version, w.seen_at, coalesce(h.running, 0) as "running!"
         from workers w
         left join holding h on h.worker = w.name
+        cross join lateral (
+            select case when $1::text is null or w.queues is null then w.queues
+                        else array(select q from unnest(w.queues) as q where q in (select queue from holders)) end as queues,
+                   case when $1::text is null or w.workflows is null then w.workflows
+                        else array(select id from unnest(w.workflows) as id where id ~ $1) end as workflows
+        ) s
         where w.name > coalesce($2, '')
+          and ($1::text is null or h.running > 0 or (s.queues is distinct from '{}' and s.workflows is distinct from '{}'))
         order by w.name
         limit $3
         "#,

@@ -5,18 +5,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use singletrack::config::Settings;
 use singletrack::domain::Scope;
 use sqlx::PgPool;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use crate::support::access::key;
 use crate::support::calls::LIMIT;
 use crate::support::database::TestDb;
-use crate::support::process::Process;
-use crate::support::replica::{Replica, short_lease};
-use crate::support::{eventually, plant, skipped};
+use crate::support::process::{GUARD, Process};
+use crate::support::replica::{Answer, Replica, short_lease};
+use crate::support::{eventually, not_allowed, plant, skipped};
+
+/// Held by each test here that loads the machine: they measure how long others wait, and would measure one another.
+static ALONE: Mutex<()> = Mutex::const_new(());
 
 /// What a request that is served beside those of others may take.
 const SERVED: Duration = Duration::from_secs(3);
@@ -33,6 +41,7 @@ async fn waiting(sql: &PgPool) -> i64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn heartbeats_and_finishes_pass_while_enqueues_are_refused_for_overload_with_keys_too() {
+    let _alone = ALONE.lock().await;
     const POOL: i64 = 3;
     let test = TestDb::new().await;
     let token = key(&test, "all", &[Scope::Admin], None).await;
@@ -100,6 +109,7 @@ const SLOWLY: [&[&str]; 3] = [
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_hundreds_of_clients_are_as_slow_as_they_can_the_others_are_served() {
+    let _alone = ALONE.lock().await;
     if Command::new("slowhttptest").arg("-h").output().is_err() {
         return skipped("slowhttptest is not installed");
     }
@@ -128,4 +138,88 @@ async fn while_hundreds_of_clients_are_as_slow_as_they_can_the_others_are_served
         assert!(attack.wait().unwrap().success(), "the tool did not work");
     }
     assert_eq!(client.get("/api/v1/runs/counts").await.body.get("running"), Some(&Value::from(0)));
+}
+
+/// The most memory that a process has had so far, in MiB.
+fn peak(replica: &Process) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", replica.child.id())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_of_millions_of_small_values_is_refused_before_they_take_up_memory() {
+    let _alone = ALONE.lock().await;
+    let test = TestDb::new().await;
+    let replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "0")]);
+    let zeros = "0,".repeat(4 << 20);
+    let before = peak(&replica);
+    for body in
+        [format!(r#"{{"runs": [{zeros}0]}}"#), format!(r#"{{"runs": [{{"workflow_id": "w", "input": [{zeros}0]}}]}}"#)]
+    {
+        let request =
+            replica.client.request(Method::POST, "/api/v1/runs/batch").header("Content-Type", "application/json");
+        let refused = Answer::of(request.body(body)).await.unwrap();
+        assert_eq!((refused.status, refused.cause()), (413, "too-large"), "{refused:?}");
+        let detail = refused.body["detail"].as_str().unwrap();
+        assert!(detail.contains("values"), "{detail}");
+    }
+    let taken = peak(&replica) - before;
+    assert!(taken < 100, "{taken} MiB");
+    // Text with as many commas is one value.
+    let long = json!({"runs": [{"workflow_id": "w", "input": zeros}]});
+    assert_eq!(replica.client.post("/api/v1/runs/batch", long).await.body["results"][0]["status"], 404);
+}
+
+/// Reads a stream until `mark` is in it.
+async fn heard(mut stream: TcpStream, mark: &str) -> TcpStream {
+    let (mut text, mut piece) = (String::new(), [0; 4096]);
+    while !text.contains(mark) {
+        let count = stream.read(&mut piece).await.unwrap();
+        assert!(count > 0, "it ended: {text}");
+        text.push_str(&String::from_utf8_lossy(&piece[..count]));
+    }
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_thousand_listeners_hear_of_a_run_by_one_reader_of_the_database() {
+    let _alone = ALONE.lock().await;
+    const LISTENERS: usize = 2000;
+    // As many files as a shell gives: the replica asks for more by itself, and so does this program, which has the other ends.
+    let before = getrlimit(Resource::Nofile);
+    if before.maximum.is_some_and(|most| most < 3 * LISTENERS as u64) {
+        return not_allowed("fewer files than listeners may be open here");
+    }
+    setrlimit(Resource::Nofile, Rlimit { current: before.maximum, maximum: before.maximum }).unwrap();
+    let test = TestDb::new().await;
+    let mut command = Command::new("sh");
+    command.env_clear().envs(std::env::vars().filter(|(name, _)| name == "PATH"));
+    command.env("DATABASE_URL", &test.url).env("SINGLETRACK_LISTEN", "127.0.0.1:0").env("SINGLETRACK_WORKERS", "1");
+    command.args(["-c", &format!("ulimit -Sn 1024; exec {GUARD} serve")]);
+    let replica = Process::start(command);
+    replica.client.define("w", "ulimit -Sn").await;
+    let address = replica.client.base.strip_prefix("http://").unwrap().to_owned();
+    let mut listeners = JoinSet::new();
+    for _ in 0..LISTENERS {
+        let address = address.clone();
+        listeners.spawn(async move {
+            let mut stream = TcpStream::connect(&address).await.unwrap();
+            let head = format!("GET /api/v1/events HTTP/1.1\r\nHost: {address}\r\n\r\n");
+            stream.write_all(head.as_bytes()).await.unwrap();
+            heard(stream, "retry:").await
+        });
+    }
+    let listeners = listeners.join_all().await;
+    let reads = "select coalesce(sum(xact_commit), 0)::bigint from pg_stat_database where datname = current_database()";
+    let count = async || sqlx::query_scalar::<_, i64>(reads).fetch_one(&test.sql).await.unwrap();
+    let (since, begun) = (Instant::now(), count().await);
+    let id = replica.client.enqueue("w").await.run_id();
+    let mut hearing = JoinSet::new();
+    listeners.into_iter().for_each(|stream| drop(hearing.spawn(async move { heard(stream, "\"succeeded\"").await })));
+    hearing.join_all().await;
+    assert!(since.elapsed() < LIMIT, "it took {:?}", since.elapsed());
+    let statements = count().await - begun;
+    assert!(statements < LISTENERS as i64 / 2, "{statements} statements for one run");
+    assert_eq!(replica.client.log(id).await, "1024\n", "a command has what the service was given");
 }

@@ -157,6 +157,79 @@ async fn the_keys_name_is_the_actor_of_events_and_of_the_audit_log() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_may_be_called_anything_and_acts_under_the_name_of_its_key() {
+    let test = TestDb::new().await;
+    let boss = key(&test, "boss", &[Scope::Admin], None).await;
+    let [one, other] = [key(&test, "ci", &[Scope::Work], None).await, key(&test, "other", &[Scope::Work], None).await];
+    let replica = Replica::api_only(&test).await;
+    let [boss, one, other] = [boss, one, other].map(|token| replica.client.having(&token));
+    let run = boss.enqueue_pull("w").await;
+    let body = json!({"worker": "boss", "claim_id": "same"});
+    let given_back = one.claim(body.clone()).await[0]["lease"]["token"].clone();
+    assert_eq!(other.claim(body.clone()).await, [] as [Value; 0], "a lease is told to the key that claimed it");
+    assert_eq!(one.claim(body).await[0]["lease"]["token"], given_back, "again");
+    assert_eq!(one.say_one("release", given_back.as_str().unwrap(), json!({})).await["result"], "ok");
+    let claimed = one.claim(json!({"worker": "boss"})).await;
+    assert_eq!(claimed[0]["worker"], "boss");
+    assert_eq!(one.end(claimed[0]["lease"]["token"].as_str().unwrap(), "succeeded").await.0, "ok");
+    let actors: Vec<(String, String)> =
+        sqlx::query_as("select to_status, actor from run_events order by seq").fetch_all(&test.sql).await.unwrap();
+    let actors: Vec<_> = actors.iter().map(|(to, actor)| format!("{to} by {actor}")).collect();
+    assert_eq!(actors, ["queued by boss", "running by ci", "queued by ci", "running by ci", "succeeded by ci"]);
+    assert_eq!(boss.get(&format!("/api/v1/runs/{run}")).await.body["worker"], "boss");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_key_one_lease_is_finished_at_a_time() {
+    let test = TestDb::new().await;
+    let boss = key(&test, "boss", &[Scope::Admin], None).await;
+    let replica = Replica::api_only(&test).await;
+    let boss = replica.client.having(&boss);
+    let mut ends = Vec::new();
+    for id in ["a", "b"] {
+        ends.push(json!({"token": boss.working(id).await.1, "outcome": "succeeded"}));
+    }
+    let refused = replica.client.say("finish", json!(ends)).await;
+    assert_eq!((refused.status, refused.cause()), (401, "not-authenticated"), "{refused:?}");
+    for end in &ends {
+        assert_eq!(replica.client.say("finish", json!([end])).await.body["leases"][0]["result"], "ok");
+    }
+    assert_eq!(boss.say("finish", json!(ends)).await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bound_key_is_told_of_no_worker_queue_or_workflow_that_is_not_for_it() {
+    let test = TestDb::new().await;
+    let bound = key(&test, "bound", &[Scope::Read], Some(&["own*"])).await;
+    let boss = key(&test, "boss", &[Scope::Admin], None).await;
+    plant::run(&test, "own", Status::Queued).await;
+    for (name, queues, workflows) in [
+        ("any", None, None),
+        ("foreign", None, Some(vec!["foreign"])),
+        ("foreign queue", Some(vec!["foreign"]), None),
+        ("mine", Some(vec!["default", "foreign"]), Some(vec!["foreign", "own@a"])),
+    ] {
+        sqlx::query("insert into workers (name, executor_types, queues, workflows, seen_at) values ($1, '{pull}', $2, $3, now())")
+            .bind(name)
+            .bind(queues)
+            .bind(workflows)
+            .execute(&test.sql)
+            .await
+            .unwrap();
+    }
+    let replica = Replica::api_only(&test).await;
+    let told = async |token: &str| {
+        let page = replica.client.having(token).get("/api/v1/workers").await;
+        let told = |worker: &Value| {
+            format!("{} {} {}", worker["name"], worker["queues"], worker["workflows"]).replace('"', "")
+        };
+        page.body["items"].as_array().unwrap().iter().map(told).collect::<Vec<_>>()
+    };
+    assert_eq!(told(&bound).await, ["any null null", "mine [default] [own@a]"]);
+    assert_eq!(told(&boss).await.len(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_audit_log_is_told_page_by_page_newest_first_and_by_who_and_what() {
     let test = TestDb::new().await;
     let token = key(&test, "boss", &[Scope::Admin], None).await;

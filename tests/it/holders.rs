@@ -242,7 +242,7 @@ async fn with_places(test: &TestDb, places: usize) -> (Client, Arc<Facts>) {
         facts: Arc::new(Facts { waiters: Semaphore::new(places), ..facts }),
     });
     let facts = api.facts.clone();
-    let service = router(api).into_make_service_with_connect_info::<SocketAddr>();
+    let service = router(api, axum::Router::new()).into_make_service_with_connect_info::<SocketAddr>();
     tokio::spawn(async move { axum::serve(listener, service).await.unwrap() });
     (Client::new(format!("http://{listen}")), facts)
 }

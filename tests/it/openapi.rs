@@ -80,12 +80,31 @@ fn every_error_is_documented_as_what_is_answered() {
     for (method, path, operation) in operations(&document) {
         let responses = operation["responses"].as_object().unwrap();
         let documents = |status: &str| assert!(responses.contains_key(status), "{method} {path}: {status}");
+        // A refused Host or Origin, a failure inside.
+        ["403", "500"].into_iter().for_each(documents);
+        assert!(!responses.contains_key("default"), "{method} {path}: it would document any answer");
+        for (status, response) in responses {
+            let has = |name: &str| assert!(response["headers"].get(name).is_some(), "{method} {path} {status}: {name}");
+            has("X-Request-Id");
+            if status == "429" || (status == "503" && path.starts_with("/api/v1/")) {
+                has("Retry-After");
+            }
+            if path.ends_with("/runs") || path.ends_with("/rerun") {
+                let of_a_run = operation["operationId"] == "enqueue_run" || operation["operationId"] == "rerun_run";
+                if of_a_run && ["200", "202", "409", "429"].contains(&status.as_str()) {
+                    has("Location");
+                }
+            }
+        }
+        if path.starts_with("/api/") {
+            ["406", "503"].into_iter().for_each(documents);
+        }
+        if path == "/metrics" {
+            ["401", "429", "503"].into_iter().for_each(documents);
+        }
         if !path.starts_with("/api/v1/") {
             continue;
         }
-        documents("503");
-        ["403", "500"].into_iter().for_each(documents); // a refused Host or Origin, a failure inside
-        assert!(!responses.contains_key("default"), "{method} {path}: it would document any answer");
         if path.contains('{') {
             documents("422");
         }
@@ -103,6 +122,28 @@ fn every_error_is_documented_as_what_is_answered() {
             assert_eq!(body["schema"]["$ref"], "#/components/schemas/Problem", "{method} {path} {status}");
         }
     }
+}
+
+#[test]
+fn every_body_of_a_request_has_an_example_that_can_be_sent_as_it_is() {
+    let document = document();
+    let mut bodies = 0;
+    for (method, path, operation) in operations(&document) {
+        let Some(content) = operation.pointer("/requestBody/content/application~1json") else { continue };
+        let mut named = BTreeSet::new();
+        references(&content["schema"], &mut named);
+        let schema = document.pointer(named.first().unwrap().trim_start_matches('#')).unwrap();
+        let example = content.get("example").or_else(|| schema.get("example"));
+        let example = example.unwrap_or_else(|| panic!("{method} {path}: no example"));
+        let required = schema["required"].as_array().into_iter().flatten();
+        for name in required {
+            assert!(example.get(name.as_str().unwrap()).is_some(), "{method} {path}: {name} in {example}");
+        }
+        let known = schema["properties"].as_object().unwrap();
+        assert!(example.as_object().unwrap().keys().all(|name| known.contains_key(name)), "{method} {path}: {example}");
+        bodies += 1;
+    }
+    assert!(bodies >= 13, "{bodies}");
 }
 
 #[test]

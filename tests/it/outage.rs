@@ -6,13 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use singletrack::domain::Scope;
 use tokio::task::{JoinSet, block_in_place};
 use uuid::Uuid;
 
+use crate::support::access::key;
 use crate::support::database::{TestDb, own_postgres};
 use crate::support::eventually;
 use crate::support::process::{Process, SHORT_LEASE};
-use crate::support::replica::Client;
+use crate::support::replica::{Client, Replica};
 use crate::support::scratch::{Scratch, gone, is_alive};
 
 /// What the design promises to survive under default settings.
@@ -157,6 +159,27 @@ async fn connections_that_are_terminated_all_the_time_lose_and_double_nothing() 
     let so_far = scratch.read("ran").lines().count();
     callers.executed(&scratch, so_far + 20).await;
     callers.finish(&test, &scratch, &replica.client).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_who_wait_for_the_keys_together_are_told_together_that_they_can_not_be_read() {
+    let test = TestDb::new().await;
+    let token = key(&test, "all", &[Scope::Admin], None).await;
+    let replica = Replica::api_only(&test).await;
+    // As if the database hung: who reads them waits as long as a statement may.
+    let mut open = test.sql.begin().await.unwrap();
+    sqlx::query("lock table api_keys").execute(&mut *open).await.unwrap();
+    let (since, mut callers) = (Instant::now(), JoinSet::new());
+    for _ in 0..10 {
+        let client = replica.client.having(&token);
+        callers.spawn(async move { client.say("heartbeat", json!([])).await });
+    }
+    for answer in callers.join_all().await {
+        assert_eq!((answer.status, answer.cause().starts_with("database-")), (503, true), "{answer:?}");
+    }
+    assert!(since.elapsed() < SOON, "one after the other: {:?}", since.elapsed());
+    open.rollback().await.unwrap();
+    assert_eq!(replica.client.having(&token).say("heartbeat", json!([])).await.status, 422, "and then they are let in");
 }
 
 const WORKFLOWS: usize = 8;

@@ -159,6 +159,7 @@ async fn a_claim_that_is_sent_twice_at_once_takes_its_runs_once() {
     let executor_types = ["pull".to_owned()];
     let request = Claim {
         worker: "w",
+        actor: None,
         queues: None,
         executor_types: &executor_types,
         workflows: None,

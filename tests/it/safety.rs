@@ -170,6 +170,12 @@ async fn every_answer_has_an_id_to_find_it_in_the_log_by() {
     }
     let named = send(&replica.client, &(Method::GET, "/livez".into(), ""), &[("X-Request-Id", "mine-1")]).await;
     assert_eq!(named.headers["x-request-id"], "mine-1", "a proxy's own is kept");
+    let long = "x".repeat(129);
+    for id in ["", "two words", "caf\u{e9}", &long] {
+        let named = send(&replica.client, &(Method::GET, "/nowhere".into(), ""), &[("X-Request-Id", id)]).await;
+        assert_eq!(named.headers["x-request-id"].len(), 36, "{id:?} is made anew");
+        assert_eq!(named.cause(), "not-found");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -207,6 +213,74 @@ async fn whoever_sends_the_head_of_a_request_slowly_is_cut_off() {
     assert!(since.elapsed() >= Duration::from_secs(5), "one that is merely far away is not: {:?}", since.elapsed());
     let text = String::from_utf8_lossy(&answer);
     assert!(text.is_empty() || text.starts_with("HTTP/1.1 408"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_connects_and_sends_no_request_is_cut_off_whatever_else_it_sends() {
+    let (_test, replica, _) = replica(short_lease()).await;
+    let address = replica.client.base.strip_prefix("http://").unwrap();
+    let mut open = Vec::new();
+    for sent in [
+        &b""[..],
+        b"PRI * HT",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0",
+    ] {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(sent).await.unwrap();
+        open.push((stream, sent));
+    }
+    let since = Instant::now();
+    for (mut stream, sent) in open {
+        let mut answer = Vec::new();
+        let cut = timeout(Duration::from_secs(15).saturating_sub(since.elapsed()), stream.read_to_end(&mut answer));
+        // Closed, or reset: it is gone either way.
+        let _ = cut.await.unwrap_or_else(|_| panic!("{:?} is kept", String::from_utf8_lossy(sent)));
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 4"), "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_other_sites_can_not_even_ask_without_saying_so_but_may_lead_to_the_dashboard() {
+    let (_test, replica, run) = replica(short_lease()).await;
+    let asked = async |path: &str, site: &str, mode: &str| {
+        let headers = [("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode)];
+        send(&replica.client, &(Method::GET, path.to_owned(), ""), &headers).await
+    };
+    for path in [
+        format!("/api/v1/runs/{run}"),
+        "/api/v1/events".into(),
+        "/livez".into(),
+        "/metrics".into(),
+        "/openapi.json".into(),
+    ] {
+        for (site, mode) in [("cross-site", "no-cors"), ("same-site", "no-cors"), ("cross-site", "navigate")] {
+            let refused = asked(&path, site, mode).await;
+            assert_eq!((refused.status, refused.cause()), (403, "origin-not-allowed"), "{path} {site} {mode}");
+        }
+    }
+    for (site, mode) in [("same-origin", "cors"), ("none", "navigate")] {
+        assert_eq!(asked(&format!("/api/v1/runs/{run}"), site, mode).await.status, 200, "{site}");
+    }
+    for path in ["/", "/docs", "/livez"] {
+        let answer = asked(path, if path == "/livez" { "none" } else { "cross-site" }, "navigate").await;
+        assert_eq!(
+            (answer.status, &answer.headers["cross-origin-resource-policy"]),
+            (200, &"same-origin".parse().unwrap())
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dashboards_routes_answer_as_all_the_others_do() {
+    let (_test, replica, _) = replica(short_lease()).await;
+    for path in ["/", "/docs", "/ui/main.js"] {
+        let wrong = send(&replica.client, &(Method::POST, path.into(), "{}"), &[]).await;
+        assert_eq!((wrong.status, wrong.cause()), (405, "method-not-allowed"), "{path}: {wrong:?}");
+        assert_eq!(wrong.headers["allow"], "GET,HEAD");
+        let shown = send(&replica.client, &(Method::GET, path.into(), ""), &[]).await;
+        assert!(shown.status == 200 && shown.headers.contains_key("x-request-id"), "{path}: {:?}", shown.headers);
+    }
 }
 
 #[test]

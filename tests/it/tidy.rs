@@ -76,6 +76,20 @@ fn sql_is_in_the_store_and_status_codes_are_in_the_api() {
 }
 
 #[test]
+fn bodies_are_read_in_one_place_which_gives_them_a_deadline() {
+    for (path, text) in files("src/api") {
+        let own = path.ends_with("extract.rs");
+        assert!(
+            own || !["BytesRejection", ": Bytes", "<Bytes"]
+                .iter()
+                .any(|way| text.contains(way) && !path.ends_with("openapi.rs")),
+            "{} reads one",
+            path.display()
+        );
+    }
+}
+
+#[test]
 fn made_up_sql_is_in_one_file_at_most() {
     let name = ["Assert", "SqlSafe"].concat();
     let with: Vec<_> =

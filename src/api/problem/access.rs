@@ -47,11 +47,21 @@ impl Problem {
     }
 
     pub(in crate::api) fn refused_origin(origin: &str) -> Self {
+        Self::foreign_page(format!(
+            "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
+            origin.escape_debug()
+        ))
+    }
+
+    pub(in crate::api) fn refused_site() -> Self {
+        Self::foreign_page(
+            "By `Sec-Fetch-Site` a page of another site sent it, or led here: it may lead to `/` and `/docs`.",
+        )
+    }
+
+    fn foreign_page(detail: impl Into<Box<str>>) -> Self {
         Self::new(StatusCode::FORBIDDEN, "origin-not-allowed", "Web pages of other origins may not use this service")
-            .with_detail(format!(
-                "Origin `{}` is neither this service's own nor that of SINGLETRACK_PUBLIC_URL: programs send none.",
-                origin.escape_debug()
-            ))
+            .with_detail(detail)
     }
 
     /// `seconds`: until one more is let in.

@@ -23,6 +23,7 @@ use super::capture::{Phase, reached};
 use super::guard::protocol::{Order, Report, Start, line};
 use super::guard::{ARGUMENT, Mode};
 use super::orphans::{self, Registered};
+use crate::executor::open_files;
 
 /// What a command gets of the service's environment. Anything else could be a secret, `DATABASE_URL` to begin with.
 const PASSED: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
@@ -205,9 +206,10 @@ fn process(guarding: &Guarding, socket: Socket) -> Process {
         // Away from the service's terminal: whatever asks for a password there would be stopped, and wait for ever. And only
         // within a session can a process change its group: nothing of a run can join the service's own.
         setsid()?;
+        open_files::restore()?;
         Ok(fcntl_setfd(socket.as_fd(), FdFlags::empty())?)
     };
-    // SAFETY: between fork and exec only two system calls are made, nothing is allocated and no lock is taken.
+    // SAFETY: between fork and exec only three system calls are made, nothing is allocated and no lock is taken.
     unsafe { process.pre_exec(prepare) };
     process
 }

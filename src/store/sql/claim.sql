@@ -67,7 +67,7 @@ leased as (
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor)
-    select id, 'queued', 'running', attempt, fence, worker
+    select id, 'queued', 'running', attempt, fence, coalesce($11, worker)
     from claimed
 )
 select c.id as "id!", c.workflow_id as "workflow_id!", c.definition as "definition!", c.revision as "revision!",

@@ -2,8 +2,8 @@ with given as materialized (
     select g.*
     -- What a trigger may wait for, when a slot is handed on.
     from (select set_config('lock_timeout', '100ms', true)) as patience,
-         unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::jsonb[], $8::text[], $10::float8[])
-             with ordinality as g (run_id, fence, secret, said, reason, exit_code, output, error, retry_after, position)
+         unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::text[], $5::text[], $6::integer[], $7::jsonb[], $8::text[], $10::float8[], $9::text[])
+             with ordinality as g (run_id, fence, secret, said, reason, exit_code, output, error, retry_after, actor, position)
 ),
 -- Nobody's lock is waited for: one run that somebody keeps locked must not hold up the others. One by one by their key, whatever the
 -- planner thinks that there is in the table.
@@ -85,7 +85,7 @@ attempted as (
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor, reason)
-    select run_id, 'running', becomes, attempt, fence, coalesce($9, worker), because
+    select run_id, 'running', becomes, attempt, fence, coalesce(actor, worker), because
     from settled
 )
 -- What was settled, and how each was found. One without a status is locked, one that does not exist is not there.

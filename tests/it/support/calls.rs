@@ -48,6 +48,7 @@ pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result
     let executor_types = ["command".to_owned()];
     let request = Claim {
         worker: "test",
+        actor: None,
         queues: None,
         executor_types: &executor_types,
         workflows: None,

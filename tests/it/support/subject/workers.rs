@@ -21,6 +21,7 @@ impl Subject {
         }
         let request = Claim {
             worker: "test",
+            actor: None,
             queues: None,
             executor_types: &all,
             workflows: Some(&[name]),
