@@ -54,7 +54,7 @@ pub struct Enqueuer(Arc<Inner>);
 struct Inner {
     db: Db,
     flights: Db,
-    requests: Gather<Arc<Request>, (When, Found)>,
+    requests: Arc<Gather<Arc<Request>, (When, Found)>>,
     /// Workflows that were found locked, and until when they are taken to be.
     blocked: Mutex<HashMap<WorkflowId, Instant>>,
     waiting: Semaphore,
@@ -63,7 +63,7 @@ struct Inner {
 impl Enqueuer {
     /// One that sends by `flights`, while [`Enqueuer::run`] runs, and what goes its own way by `db`.
     pub fn new(db: Db, flights: Db) -> Self {
-        let (requests, waiting) = (Gather::new(ROOM), Semaphore::new(WAIT_FOR_LOCKS));
+        let (requests, waiting) = (Arc::new(Gather::new(ROOM)), Semaphore::new(WAIT_FOR_LOCKS));
         Self(Arc::new(Inner { db, flights, requests, blocked: Mutex::default(), waiting }))
     }
 
@@ -73,7 +73,7 @@ impl Enqueuer {
     /// spawn it where that happens often.
     ///
     /// # Errors
-    /// Those of the statement that it was in; [`Error::Full`] when too many wait.
+    /// Those of the statement that it was in; [`Error::Full`] when too many wait, or it could not be sent for five seconds.
     pub async fn enqueue(&self, request: Request) -> Answer {
         let request = Arc::new(request);
         match self.together(&request).await {
@@ -126,14 +126,17 @@ impl Enqueuer {
     }
 
     /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
-    pub async fn run(self, flight: Flight) {
-        loop {
-            let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
-            for asked in self.0.requests.next(flight, PIECE).await {
-                open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
-            }
-            while !open.is_empty() {
-                self.send(&mut open).await;
+    pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
+        let requests = self.0.requests.flying(flight);
+        async move {
+            loop {
+                let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
+                for asked in requests.next(PIECE).await {
+                    open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
+                }
+                while !open.is_empty() {
+                    self.send(&mut open).await;
+                }
             }
         }
     }
