@@ -27,11 +27,11 @@ fuzz: ## a minute of any input for each reader of what strangers send (SECONDS_O
 	@.ci/tools cargo cc
 	@BOLERO_RANDOM_TEST_TIME_MS=$$(( $(or $(SECONDS_OF_IT),60) * 1000 )) cargo test --locked --lib --test it fuzz::
 
-fault: ## the long fault suite: 20 seeds, a minute each (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18, POOLER=1)
+fault: ## the long fault suite: 20 seeds, a minute each, and one by a pooler (SEED=7: that one alone, SEEDS=5, MINUTES=10, PG=18, POOLER=1: all, EARLIER=48ce59d)
 	@.ci/tools cargo cc faketime setpriv pgbouncer
 	@cargo build --release --locked --features unfenced && cp target/release/singletrack target/release/singletrack-unfenced
 	@SINGLETRACK_PG_BIN=$$(.ci/postgres $(PG)) && export SINGLETRACK_PG_BIN && unset DATABASE_URL && \
-		FAULT_EARLIER=$$(.ci/earlier build) && export FAULT_EARLIER && \
+		FAULT_EARLIER=$$(EARLIER=$(EARLIER) .ci/earlier build) && export FAULT_EARLIER && \
 		FAULT_LONG=1 FAULT_UNFENCED=$$PWD/target/release/singletrack-unfenced SEED=$(SEED) SEEDS=$(SEEDS) MINUTES=$(MINUTES) POOLER=$(POOLER) \
 		cargo test --release --locked --test fault
 

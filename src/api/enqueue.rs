@@ -205,11 +205,11 @@ impl Started {
 /// Enqueues one run: the run that was accepted or joined, or the problem to answer with.
 pub(super) async fn start(api: &Api, request: Request) -> Result<Started, Problem> {
     let request = Arc::new(request);
-    let answer = match api.enqueuer.together(&request).await {
-        Some(answer) => answer,
-        None => {
-            let (enqueuer, request) = (api.enqueuer.clone(), request.clone());
-            to_its_end(async move { enqueuer.apart(&request).await }).await?
+    let answer = match api.enqueuer.together(request.clone()).await {
+        Ok(answer) => answer,
+        Err(apart) => {
+            let enqueuer = api.enqueuer.clone();
+            to_its_end(async move { enqueuer.apart(apart).await }).await?
         }
     };
     end(api, &request, answer)

@@ -9,7 +9,8 @@ use crate::store::enqueuer::Enqueuer;
 use crate::store::{Db, Error, Flight, LIMIT, Servers};
 
 /// Enqueues runs from your own program, as the API does: requests that come while a statement is under way are sent together by the
-/// next one. Clone it freely; the connections are shared. It wants a runtime of Tokio, and ends with its last clone.
+/// next one. Clone it freely; the connections are shared. It wants a runtime of Tokio, and ends with that or with
+/// its last clone: then [`Error::Ended`] is the answer.
 ///
 /// The schema must be up to date ([`prepare_schema`](super::prepare_schema)).
 #[derive(Clone)]
@@ -34,7 +35,7 @@ impl Client {
     /// Enqueues a run. The answer is given after the commit; whoever drops the future before does not know what became of it.
     ///
     /// # Errors
-    /// Where the database was away, or refused it. After one with [`Error::outcome_unknown`] the run may be there all the same.
+    /// Where the database was away, or refused it; [`Error::Full`] where it could not be sent for five seconds. After one with [`Error::outcome_unknown`] the run may be there all the same.
     pub async fn enqueue(&self, request: Request) -> Result<Enqueued, Arc<Error>> {
         self.enqueuer.enqueue(request).await
     }

@@ -30,26 +30,35 @@ const SHORTER: &str = "10ms";
 pub async fn enqueue_all(db: &Db, requests: &[Request]) -> Vec<Result<Enqueued, Arc<Error>>> {
     let requests: Vec<&Request> = requests.iter().collect();
     let patience = if requests.len() > 1 { SHORT } else { LOCK_TIMEOUT };
-    let answers = enqueue_to(db, &requests, patience, Depth::Closely).await;
-    answers.into_iter().map(|answer| answer.map(|decided| decided.unwrap_or(Enqueued::Contended))).collect()
+    let answers = enqueue_to(db, &requests, Look { patience, depth: Depth::Closely }, false).await;
+    answers.into_iter().map(|answer| answer.map(decided)).collect()
 }
 
-/// As [`enqueue_all`], as closely as is asked for, and waiting no longer than `patience` for each lock; `None` for what takes a closer
-/// look, for which nothing was done.
+/// The same for one; `repeated` says that it was sent before, with an outcome that may be unknown.
+pub(super) async fn enqueue_one(db: &Db, request: &Request, repeated: bool) -> Result<Enqueued, Arc<Error>> {
+    let look = Look { patience: LOCK_TIMEOUT, depth: Depth::Closely };
+    enqueue_to(db, &[request], look, repeated).await.pop().unwrap_or(Ok(None)).map(decided)
+}
+
+fn decided(answer: Option<Enqueued>) -> Enqueued {
+    answer.unwrap_or(Enqueued::Contended)
+}
+
+/// As [`enqueue_all`], looking at them as `look` says; `None` for what takes a closer look.
 pub(super) async fn enqueue_to(
     db: &Db,
     requests: &[&Request],
-    patience: &str,
-    depth: Depth,
+    look: Look<'_>,
+    repeated: bool,
 ) -> Vec<Result<Option<Enqueued>, Arc<Error>>> {
     let mut answers = Answers { requests, given: requests.iter().map(|_| None).collect() };
     let mut order: Vec<usize> = (0..requests.len()).collect();
     order.sort_by_key(|&index| (&requests[index].workflow_id, index));
     // What was sent before as a part of something larger may be there: it is sent again as what it is.
-    let mut pieces: Vec<(Vec<usize>, bool)> = order.chunks(PIECE).rev().map(|piece| (piece.to_vec(), false)).collect();
+    let mut pieces: Vec<(Vec<usize>, bool)> =
+        order.chunks(PIECE).rev().map(|piece| (piece.to_vec(), repeated)).collect();
     let mut blocked: HashSet<&WorkflowId> = HashSet::new();
     let mut gone: Option<Arc<Error>> = None;
-    let look = Look { patience, depth };
     while let Some((piece, repeated)) = pieces.pop() {
         let first = &requests[piece[0]].workflow_id;
         if let Some(error) = &gone {
@@ -144,9 +153,10 @@ fn halves(requests: &[&Request], piece: &[usize]) -> Option<(Vec<usize>, Vec<usi
 
 /// How requests are looked at.
 #[derive(Clone, Copy)]
-struct Look<'a> {
-    patience: &'a str,
-    depth: Depth,
+pub(super) struct Look<'a> {
+    /// How long is waited for each lock.
+    pub(super) patience: &'a str,
+    pub(super) depth: Depth,
 }
 
 /// When a statement's outcome is unknown, the same insert is repeated on another connection: it finds the run under its

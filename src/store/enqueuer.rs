@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::batch::{enqueue_all, enqueue_to};
+use super::batch::{Look, enqueue_all, enqueue_one, enqueue_to};
 use super::enqueue::{Depth, Enqueued, Request};
 use super::gather::{Asked, Flight, Gather};
 use super::{Db, Error};
@@ -34,8 +34,8 @@ const STORM: usize = 32;
 const MOMENT: Duration = Duration::from_millis(8);
 
 type Answer = Result<Enqueued, Arc<Error>>;
-/// `None`: it takes a closer look, or waiting; nothing was done for it.
-type Found = Option<Answer>;
+/// Or it takes a closer look, or waiting; and whether it was sent, perhaps with an unknown outcome.
+type Found = Result<Answer, bool>;
 
 /// Those who ask for one slot, in their order.
 type Asking = VecDeque<Asked<Arc<Request>, (When, Found)>>;
@@ -47,6 +47,13 @@ enum When {
     InAMoment,
 }
 
+/// A request that has to go its own way.
+pub struct Apart {
+    request: Arc<Request>,
+    /// It may have been carried out, or may be yet: then the run that it has made is the answer.
+    repeated: bool,
+}
+
 /// Enqueues runs.
 #[derive(Clone)]
 pub struct Enqueuer(Arc<Inner>);
@@ -54,7 +61,7 @@ pub struct Enqueuer(Arc<Inner>);
 struct Inner {
     db: Db,
     flights: Db,
-    requests: Gather<Arc<Request>, (When, Found)>,
+    requests: Arc<Gather<Arc<Request>, (When, Found)>>,
     /// Workflows that were found locked, and until when they are taken to be.
     blocked: Mutex<HashMap<WorkflowId, Instant>>,
     waiting: Semaphore,
@@ -63,7 +70,7 @@ struct Inner {
 impl Enqueuer {
     /// One that sends by `flights`, while [`Enqueuer::run`] runs, and what goes its own way by `db`.
     pub fn new(db: Db, flights: Db) -> Self {
-        let (requests, waiting) = (Gather::new(ROOM), Semaphore::new(WAIT_FOR_LOCKS));
+        let (requests, waiting) = (Arc::new(Gather::new(ROOM)), Semaphore::new(WAIT_FOR_LOCKS));
         Self(Arc::new(Inner { db, flights, requests, blocked: Mutex::default(), waiting }))
     }
 
@@ -73,44 +80,44 @@ impl Enqueuer {
     /// spawn it where that happens often.
     ///
     /// # Errors
-    /// Those of the statement that it was in; [`Error::Full`] when too many wait.
+    /// Those of the statement that it was in; [`Error::Full`] when too many wait, or it could not be sent for five seconds.
     pub async fn enqueue(&self, request: Request) -> Answer {
-        let request = Arc::new(request);
-        match self.together(&request).await {
-            Some(answer) => answer,
-            None => self.apart(&request).await,
+        match self.together(Arc::new(request)).await {
+            Ok(answer) => answer,
+            Err(apart) => self.apart(apart).await,
         }
     }
 
-    /// Enqueues it together with others; `None` when it has to go its own way. May be dropped: what was sent is followed to its end.
-    pub async fn together(&self, request: &Arc<Request>) -> Option<Answer> {
+    /// Enqueues it together with others, unless it has to go its own way. May be dropped: what was sent is followed to its end.
+    pub async fn together(&self, request: Arc<Request>) -> Result<Answer, Apart> {
         let simple = matches!(request.on_conflict, None | Some(OnConflict::Reject | OnConflict::ReturnExisting));
         if !simple || !request.is_plain() || self.is_blocked(&request.workflow_id) {
-            return None;
+            return Err(Apart { request, repeated: false });
         }
         match self.0.requests.ask(request.clone()).await {
-            Ok((When::Now, found)) => found,
-            Ok((When::InAMoment, found)) => {
-                sleep(MOMENT).await;
-                found
+            Ok((when, found)) => {
+                if let When::InAMoment = when {
+                    sleep(MOMENT).await;
+                }
+                found.map_err(|repeated| Apart { request, repeated })
             }
-            Err(unasked) => Some(Err(unasked.into())),
+            Err(unasked) => Ok(Err(unasked.into())),
         }
     }
 
     /// Enqueues it by itself.
-    pub async fn apart(&self, request: &Request) -> Answer {
+    pub async fn apart(&self, Apart { request, repeated }: Apart) -> Answer {
         let workflow_id = &request.workflow_id;
         // Not every connection is to wait for the lock of one workflow.
         let _place = match self.is_blocked(workflow_id) {
             true => match timeout(PLACE, self.0.waiting.acquire()).await {
                 Ok(place) => place.ok(),
+                Err(_) if repeated => return Err(Arc::new(Error::TimedOut)),
                 Err(_) => return Err(Arc::new(busy())),
             },
             false => None,
         };
-        let answer = enqueue_all(&self.0.db, std::slice::from_ref(request)).await.pop();
-        let answer = answer.unwrap_or(Ok(Enqueued::Contended));
+        let answer = enqueue_one(&self.0.db, &request, repeated).await;
         match &answer {
             Err(error) if matches!(**error, Error::Busy(_)) => self.block(workflow_id),
             // Only who wrote knows that the lock is gone.
@@ -126,14 +133,17 @@ impl Enqueuer {
     }
 
     /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
-    pub async fn run(self, flight: Flight) {
-        loop {
-            let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
-            for asked in self.0.requests.next(flight, PIECE).await {
-                open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
-            }
-            while !open.is_empty() {
-                self.send(&mut open).await;
+    pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
+        let requests = self.0.requests.flying(flight);
+        async move {
+            loop {
+                let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
+                for asked in requests.next(PIECE).await {
+                    open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
+                }
+                while !open.is_empty() {
+                    self.send(&mut open).await;
+                }
             }
         }
     }
@@ -144,31 +154,38 @@ impl Enqueuer {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         METRICS.batch_size.with_label_values(&["enqueues"]).observe(first.len() as f64);
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
-        let answers = enqueue_to(&self.0.flights, &requests, PATIENCE, Depth::AtOnce).await;
+        let answers =
+            enqueue_to(&self.0.flights, &requests, Look { patience: PATIENCE, depth: Depth::AtOnce }, false).await;
         for (asked, answer) in first.into_iter().zip(answers) {
             let Request { workflow_id, on_conflict, .. } = &*asked.item;
-            let busy = matches!(&answer, Err(error) if matches!(**error, Error::Busy(_)));
-            if busy {
-                self.block(workflow_id);
-            }
-            let answer = if busy { None } else { answer.transpose() };
-            let alone = matches!(&answer, Some(Ok(Enqueued::Accepted(_))));
+            let found = match answer {
+                // Nothing was done.
+                Err(error) if matches!(*error, Error::Busy(_)) => {
+                    self.block(workflow_id);
+                    Err(false)
+                }
+                Ok(None) => Err(true),
+                Ok(Some(enqueued)) => Ok(Ok(enqueued)),
+                Err(error) => Ok(Err(error)),
+            };
+            let alone = matches!(&found, Ok(Ok(Enqueued::Accepted(_))));
             if let Some(others) = open.get_mut(workflow_id) {
-                // Of an error that leaves open what was done they know nothing: they were not sent.
-                let shared = match &answer {
-                    Some(Err(error)) if error.outcome_unknown() => Some(Err(Arc::new(Error::Full))),
-                    _ => answer.clone(),
+                // They were not sent.
+                let shared = match &found {
+                    Err(_) => Err(false),
+                    Ok(Err(error)) if error.outcome_unknown() => Ok(Err(Arc::new(Error::Full))),
+                    Ok(answer) => Ok(answer.clone()),
                 };
-                let all = matches!(&answer, None | Some(Err(_)));
+                let all = !matches!(&found, Ok(Ok(_)));
                 // What is wrong with one request is not the others' fault.
-                let alone = alone || matches!(&answer, Some(Err(error)) if !error.is_passing());
+                let alone = alone || matches!(&found, Ok(Err(error)) if !error.is_passing());
                 let alike = |other: &Asked<Arc<Request>, _>| !alone && (all || other.item.on_conflict == *on_conflict);
                 let (told, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(others).into_iter().partition(alike);
                 *others = left;
                 let when = if told.len() >= STORM { When::InAMoment } else { When::Now };
                 told.into_iter().for_each(|other| other.answer((when, shared.clone())));
             }
-            asked.answer((When::Now, answer));
+            asked.answer((When::Now, found));
         }
         open.retain(|_, others| !others.is_empty());
     }

@@ -42,7 +42,8 @@ use std::time::Duration;
 
 use deadpool::managed::{self, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult, Status};
 use sqlx::Connection as _;
-use sqlx::postgres::PgConnection;
+use sqlx::error::DatabaseError;
+use sqlx::postgres::{PgConnection, PgDatabaseError, PgSeverity};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use uuid::Uuid;
 
@@ -88,7 +89,8 @@ const SESSION: &str = "
            set_config('singletrack.replica', $2, false),
            set_config('plan_cache_mode', $3, false)";
 
-/// Silence after which a connection is tried before it is used again; before that the other end is taken to be there.
+/// Silence after which a connection is tried before it is used again; before that the other end is taken to be there, unless another
+/// connection broke meanwhile.
 const QUIET: Duration = Duration::from_secs(1);
 
 /// Why the database did not do what it was asked.
@@ -100,9 +102,12 @@ pub enum Error {
     /// None came free in time: nothing was done.
     #[error("no connection to the database came free within {ACQUIRE:?}")]
     Crowded,
-    /// Too many wait for the database already: nothing was done.
-    #[error("too many requests wait for the database")]
+    /// Too many wait for the database, or they do for too long: nothing was done.
+    #[error("too many requests wait for the database, or it does not get to them in time")]
     Full,
+    /// What sends to the database has ended: nothing was done.
+    #[error("nothing is sent to the database any more")]
+    Ended,
     /// Somebody else holds a lock for too long, or the server has no room: nothing was done.
     #[error("the database is busy: {0}")]
     Busy(#[source] sqlx::Error),
@@ -147,17 +152,25 @@ impl Error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => {
                 Self::Broken(error)
             }
+            sqlx::Error::Database(database) if is_last_word(&**database) => Self::Broken(error),
             sqlx::Error::Database(database) => match database.code().as_deref() {
                 // lock_not_available, deadlock_detected, query_canceled (statement_timeout), serialization_failure,
                 // out_of_memory, disk_full, read_only_sql_transaction (a standby)
                 Some("55P03" | "40P01" | "57014" | "40001" | "53200" | "53100" | "25006") => Self::Busy(error),
-                // connection_exception, and the shutdowns of 57P0x, which can cut off a commit
-                Some(code) if code.starts_with("08") || code.starts_with("57P") => Self::Broken(error),
                 _ => Self::Refused(error),
             },
             _ => Self::Refused(error),
         }
     }
+}
+
+/// Whether the server closes the connection with this, which can cut off a commit: connection_exception, the shutdowns of 57P0x, and
+/// whatever it calls fatal.
+fn is_last_word(said: &dyn DatabaseError) -> bool {
+    let fatal = said
+        .try_downcast_ref::<PgDatabaseError>()
+        .is_some_and(|said| matches!(said.severity(), PgSeverity::Fatal | PgSeverity::Panic));
+    fatal || said.code().is_some_and(|code| code.starts_with("08") || code.starts_with("57P"))
 }
 
 /// The way to the database.
@@ -215,15 +228,20 @@ impl Db {
                 Ok(value)
             }
             Ok(Err(error)) => {
+                let error = Error::of_statement(error);
                 match &error {
-                    // The server became a standby, or was fenced off: the next connection may find the primary.
-                    sqlx::Error::Database(database) if database.code().as_deref() == Some("25006") => {
-                        connection.doubt()
+                    // What broke this one may have broken all of them.
+                    Error::Broken(_) => self.pool.manager().servers.broke(),
+                    Error::Busy(sqlx::Error::Database(said)) | Error::Refused(sqlx::Error::Database(said)) => {
+                        match said.code().as_deref() {
+                            // The server became a standby, or was fenced off: the next connection may find the primary.
+                            Some("25006") => connection.doubt(),
+                            _ => connection.give_back(),
+                        }
                     }
-                    sqlx::Error::Database(_) => connection.give_back(),
                     _ => {}
                 }
-                Err(Error::of_statement(error))
+                Err(error)
             }
             Err(_) => Err(Error::TimedOut),
         }
@@ -308,11 +326,15 @@ impl managed::Manager for Connections {
         if reached.term != self.servers.term() || metrics.age() > LIFETIME {
             return Err(given_up());
         }
-        if metrics.last_used() < QUIET {
+        let breaks = self.servers.breaks();
+        if metrics.last_used() < QUIET && reached.breaks == breaks {
             return Ok(());
         }
         match timeout(PING, reached.connection.ping()).await {
-            Ok(Ok(())) => Ok(()),
+            Ok(Ok(())) => {
+                reached.breaks = breaks;
+                Ok(())
+            }
             Ok(Err(_)) | Err(_) => Err(given_up()),
         }
     }

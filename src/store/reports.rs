@@ -18,6 +18,8 @@ const ROOM: [usize; 3] = [50_000, 10_000, 10_000];
 const PIECE: [usize; 3] = [500, 50, 100];
 
 type Answer<T> = Result<T, Arc<Error>>;
+/// A lease, and what is said about its progress.
+type Beat = (Lease, Option<Value>);
 
 /// Passes on what workers say.
 #[derive(Clone)]
@@ -26,17 +28,22 @@ pub struct Reports(Arc<Inner>);
 struct Inner {
     db: Db,
     bound: Bound,
-    renewals: Gather<(Lease, Option<Value>), Answer<Renewal>>,
-    printed: Gather<Printed, Answer<()>>,
-    pieces: Gather<Piece, Answer<bool>>,
+    renewals: Arc<Gather<Beat, Answer<Renewal>>>,
+    printed: Arc<Gather<Printed, Answer<()>>>,
+    pieces: Arc<Gather<Piece, Answer<bool>>>,
 }
 
 impl Reports {
     /// What sends by `db`, while [`Reports::run`] runs. `bound` is how much is kept of the log of an attempt that numbers its pieces itself.
     pub fn new(db: Db, bound: Bound) -> Self {
         let [renewals, printed, pieces] = ROOM;
-        let (renewals, printed, pieces) = (Gather::new(renewals), Gather::new(printed), Gather::new(pieces));
-        Self(Arc::new(Inner { db, bound, renewals, printed, pieces }))
+        Self(Arc::new(Inner {
+            db,
+            bound,
+            renewals: Arc::new(Gather::new(renewals)),
+            printed: Arc::new(Gather::new(printed)),
+            pieces: Arc::new(Gather::new(pieces)),
+        }))
     }
 
     /// Renews leases, as [`renew`] does, each with what is said about its progress.
@@ -64,25 +71,28 @@ impl Reports {
     }
 
     /// Sends what is said, for ever. One task for each [`Flight`].
-    pub async fn run(self, flight: Flight) {
-        let Inner { db, renewals, printed, pieces, .. } = &*self.0;
-        let bound = self.0.bound;
+    pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
+        let Inner { db, bound, renewals, printed, pieces } = &*self.0;
+        let (db, bound) = (db.clone(), *bound);
+        let (renewals, printed, pieces) = (renewals.flying(flight), printed.flying(flight), pieces.flying(flight));
         let [some_renewals, some_printed, some_pieces] = PIECE;
-        let renew = async |connection: &mut _, beats: &[(Lease, Option<Value>)]| {
+        let renew = async |connection: &mut _, beats: &[Beat]| {
             let leases: Vec<Lease> = beats.iter().map(|(lease, _)| *lease).collect();
             let progress: HashMap<i64, Value> =
                 beats.iter().filter_map(|(lease, said)| Some((lease.fence, said.clone()?))).collect();
             renew(connection, &leases, &progress).await
         };
-        tokio::join!(
-            renewals.fly(db, flight, "renewals", some_renewals, renew),
-            printed.fly(db, flight, "logs", some_printed, async |connection, printed| {
-                logs::append(connection, printed).await?;
-                Ok(vec![(); printed.len()])
-            }),
-            pieces.fly(db, flight, "log_pieces", some_pieces, async move |connection, pieces| {
-                logs::append_pieces(connection, pieces, bound).await
-            }),
-        );
+        async move {
+            tokio::join!(
+                renewals.fly(&db, "renewals", some_renewals, renew),
+                printed.fly(&db, "logs", some_printed, async |connection, printed| {
+                    logs::append(connection, printed).await?;
+                    Ok(vec![(); printed.len()])
+                }),
+                pieces.fly(&db, "log_pieces", some_pieces, async move |connection, pieces| {
+                    logs::append_pieces(connection, pieces, bound).await
+                }),
+            );
+        }
     }
 }

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection};
@@ -31,6 +31,8 @@ struct Inner {
     /// The one to try first.
     next: AtomicUsize,
     primary: watch::Sender<Primary>,
+    /// How often a connection broke.
+    breaks: AtomicU64,
 }
 
 /// What was found out last.
@@ -48,6 +50,8 @@ pub(super) struct Reached {
     pub(super) connection: PgConnection,
     /// The term it belongs to: it is good as long as [`Servers::term`] is the same.
     pub(super) term: u64,
+    /// What [`Servers::breaks`] was when it was last known to be good.
+    pub(super) breaks: u64,
     /// The number of the server.
     server: usize,
 }
@@ -114,7 +118,12 @@ impl Unreachable {
 impl From<Vec<PgConnectOptions>> for Servers {
     /// In this order they are tried until one is known. The same database on each, of course.
     fn from(known: Vec<PgConnectOptions>) -> Self {
-        Self(Arc::new(Inner { known, next: AtomicUsize::new(0), primary: watch::Sender::default() }))
+        Self(Arc::new(Inner {
+            known,
+            next: AtomicUsize::new(0),
+            primary: watch::Sender::default(),
+            breaks: AtomicU64::new(0),
+        }))
     }
 }
 
@@ -152,10 +161,11 @@ impl Servers {
 
     /// A connection to the primary and what it takes to see that it is still that.
     pub(super) async fn reach(&self) -> Result<Reached, Unreachable> {
+        let breaks = self.breaks();
         if let [only] = &self.0.known[..] {
             let connected = only.connect().await;
             let failed = |error| Unreachable(vec![(name(only), Refusal::Failed(error))]);
-            return Ok(Reached { connection: connected.map_err(failed)?, term: 0, server: 0 });
+            return Ok(Reached { connection: connected.map_err(failed)?, term: 0, breaks, server: 0 });
         }
         let mut refusals = Vec::new();
         for _ in &self.0.known {
@@ -163,7 +173,7 @@ impl Servers {
             let server = &self.0.known[number];
             let tried = timeout(ANSWER, look(server)).await.unwrap_or(Err(Refusal::Silent));
             match tried.and_then(|(connection, timeline)| Ok((connection, self.follow(number, timeline)?))) {
-                Ok((connection, term)) => return Ok(Reached { connection, term, server: number }),
+                Ok((connection, term)) => return Ok(Reached { connection, term, breaks, server: number }),
                 Err(refusal) => refusals.push((name(server), refusal)),
             }
             // Whoever asks next, also if this caller runs out of time, goes on with another one.
@@ -197,6 +207,16 @@ impl Servers {
             primary.term += u64::from(doubted);
             doubted
         });
+    }
+
+    /// A connection broke: those beside it, which may be broken too, are to be tried before they are used again.
+    pub(super) fn broke(&self) {
+        self.0.breaks.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often that was said.
+    pub(super) fn breaks(&self) -> u64 {
+        self.0.breaks.load(Ordering::Relaxed)
     }
 
     /// Takes a server that takes writes for the primary, unless it is known to have been replaced; the term it begins or goes on

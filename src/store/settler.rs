@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, sleep};
 
-use super::gather::{Flight, Gather, Unasked};
+use super::gather::{Flight, Gather};
 use super::settle::{Settled, settle};
 use super::{Db, Error};
 use crate::domain::{Lease, Outcome};
@@ -66,19 +66,8 @@ impl Settler {
     }
 
     /// Sends what is asked for, for ever: one statement after the other. One task for each [`Flight`].
-    pub async fn run(self, flight: Flight) {
-        self.ends
-            .fly(&self.db, flight, "ends", PIECE, async |connection, ends| settle(connection, ends, None).await)
-            .await;
-    }
-}
-
-impl From<Unasked> for Arc<Error> {
-    fn from(unasked: Unasked) -> Self {
-        Self::new(match unasked {
-            Unasked::Full => Error::Full,
-            // Whoever had it may have sent it.
-            Unasked::Gone => Error::TimedOut,
-        })
+    pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
+        let (db, ends) = (self.db, self.ends.flying(flight));
+        async move { ends.fly(&db, "ends", PIECE, async |connection, ends| settle(connection, ends, None).await).await }
     }
 }

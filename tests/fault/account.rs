@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -12,6 +13,8 @@ use super::journal::{Entry, Line};
 const FLUSH: i64 = 2_000_000;
 /// How long two commands of one workflow may both be alive after a worker and its guard, which were frozen, go on.
 const THAW: i64 = 2_000_000;
+/// Within this time after the last fault every request has an answer again.
+pub const WELL: Duration = Duration::from_secs(10);
 
 /// What came of one seed.
 #[derive(Debug, Default)]
@@ -36,6 +39,7 @@ pub struct Account {
 struct Request<'a> {
     workflow: &'a str,
     keyed: bool,
+    patient: bool,
     first_sent: i64,
     last_sent: i64,
     answered: Option<(i64, u16, Option<&'a str>, Option<Uuid>)>,
@@ -128,7 +132,13 @@ impl Account {
         }
         let holds = history.holds();
         let requests = requests(lines);
+        let well = well(lines);
         for (id, request) in &requests {
+            if request.unknown && request.patient && request.first_sent > well {
+                self.found(format!(
+                    "request {id} was sent when all was well, and had no answer, or one that does not know"
+                ));
+            }
             let made = made.get(id).map_or(&[][..], Vec::as_slice);
             let ended = |run: Uuid| hold(&holds, request.workflow, run);
             match request.answered {
@@ -276,13 +286,13 @@ fn requests(lines: &[Line]) -> HashMap<&str, Request<'_>> {
     let mut requests: HashMap<&str, Request<'_>> = HashMap::new();
     for line in lines {
         match &line.entry {
-            Entry::Sent { request, workflow, keyed } => {
+            Entry::Sent { request, workflow, keyed, patient } => {
                 let request = requests.entry(request).or_default();
                 request.keyed = *keyed;
                 request.workflow = workflow;
                 request.last_sent = line.at;
                 if request.first_sent == 0 {
-                    request.first_sent = line.at;
+                    (request.first_sent, request.patient) = (line.at, *patient);
                 }
             }
             Entry::Answered { request, status, cause, run } => {
@@ -294,6 +304,12 @@ fn requests(lines: &[Line]) -> HashMap<&str, Request<'_>> {
         }
     }
     requests
+}
+
+/// From when on every request must have its answer.
+fn well(lines: &[Line]) -> i64 {
+    let is_end = |line: &&Line| matches!(&line.entry, Entry::Healed { name, .. } if name == super::faults::ALL);
+    lines.iter().find(is_end).map_or(i64::MAX, |line| line.at + WELL.as_micros() as i64)
 }
 
 /// When `run` can have been seen to hold the slot: what came after its end in another transaction had seen that end, and a flush

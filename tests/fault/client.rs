@@ -1,12 +1,13 @@
-//! A client: it asks for runs, many in one request or one by one, hangs up, asks again, cancels; and writes down what it was told.
+//! A client: it asks for runs, many in one request, one by one or many at once, hangs up, asks again, cancels; and writes down what it was told.
 
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use rand::rngs::StdRng;
-use rand::seq::IndexedRandom as _;
+use rand::seq::{IndexedRandom as _, IteratorRandom as _, SliceRandom as _};
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 use tokio::time::{interval, sleep};
@@ -20,7 +21,10 @@ use super::workflows::Workflows;
 /// How long it waits for an answer when it is patient.
 const LIMIT: Duration = Duration::from_secs(8);
 /// How many requests it has under way at most.
-const AT_ONCE: usize = 40;
+const AT_ONCE: usize = 160;
+/// Of how many a storm consists: of those who ask for few workflows, and of those who each have their own. They are sent together, and many
+/// have one answer.
+const STORM: [usize; 2] = [60, 30];
 
 /// What a client is to do.
 pub struct Task {
@@ -79,6 +83,14 @@ pub async fn main(task: Task, stop: &Path) {
         if rng.random_bool(0.2) {
             tokio::spawn(client.cancel());
         }
+        if rng.random_bool(0.04) {
+            let storm = client.storm(&mut rng, &mut count);
+            let slots = client.under_way.acquire_many(storm.len() as u32).await.expect("it is never closed");
+            tokio::spawn(async move {
+                client.ask_at_once(storm).await;
+                drop(slots);
+            });
+        }
     }
     // Everything is answered, or given up, then.
     let _ = client.under_way.acquire_many(AT_ONCE as u32).await;
@@ -117,17 +129,47 @@ impl Client {
         Request { id, workflow: workflow.to_owned(), body, keyed: rng.random_bool(0.5) }
     }
 
-    fn sent(&self, requests: &[Request]) {
+    /// Requests that one statement can decide, without a key, most of them for three workflows.
+    fn storm(&self, rng: &mut StdRng, count: &mut usize) -> Vec<Request> {
+        let [few, many] = STORM;
+        let contended: Vec<String> = self.task.workflows.contended.iter().cloned().sample(rng, 3);
+        let mut workflows: Vec<String> = (0..few).filter_map(|_| contended.choose(rng).cloned()).collect();
+        workflows.extend(self.task.workflows.sample_many(rng, many));
+        workflows.shuffle(rng);
+        let mut plain = |workflow: &String| {
+            *count += 1;
+            let mut request = self.request(rng, *count, workflow);
+            request.body["on_conflict"] = json!(["reject", "return_existing"].choose(rng).expect("one"));
+            request.body.as_object_mut().expect("an object").remove("delay_seconds");
+            Request { keyed: false, ..request }
+        };
+        workflows.iter().map(&mut plain).collect()
+    }
+
+    fn sent(&self, requests: &[Request], limit: Duration) {
         self.task.journal.write_durably(requests.iter().map(|request| Entry::Sent {
             request: request.id.clone(),
             workflow: request.workflow.clone(),
             keyed: request.keyed,
+            patient: limit == LIMIT,
         }));
+    }
+
+    /// One by one, all at the same time and of the same replica.
+    async fn ask_at_once(&self, requests: Vec<Request>) {
+        let replica = &self.task.replicas.one();
+        self.sent(&requests, LIMIT);
+        let asking = requests.iter().map(|request| async move {
+            let told = self.post(replica, request, LIMIT).await;
+            // Not synced: the others are not to wait for it.
+            self.task.journal.write([told]);
+        });
+        join_all(asking).await;
     }
 
     async fn ask_many(&self, mut requests: Vec<Request>, mut limit: Duration) {
         for _ in 0..6 {
-            self.sent(&requests);
+            self.sent(&requests, limit);
             let entry = |request: &Request| {
                 let mut entry = request.body.clone();
                 entry["workflow_id"] = json!(request.workflow);
@@ -166,21 +208,26 @@ impl Client {
     }
 
     async fn ask(&self, request: Request, mut limit: Duration) {
-        let path = format!("/workflows/{}/runs", request.workflow);
-        let key = request.keyed.then_some(&*request.id);
         let patience = Instant::now();
         loop {
-            self.sent(std::slice::from_ref(&request));
-            let told = match self.task.replicas.post(&path, &request.body, key, limit).await {
-                Some((status, answer)) => self.told(&request, status, &answer),
-                None => Entry::Unknown { request: request.id.clone() },
-            };
+            self.sent(std::slice::from_ref(&request), limit);
+            let told = self.post(&self.task.replicas, &request, limit).await;
             self.task.journal.write_durably([told.clone()]);
             if !matches!(told, Entry::Unknown { .. }) || !request.keyed || patience.elapsed() > LIMIT * 3 {
                 return;
             }
             limit = LIMIT;
             sleep(Duration::from_millis(300)).await;
+        }
+    }
+
+    /// Sends a request by itself, once; what is said about it.
+    async fn post(&self, replicas: &Replicas, request: &Request, limit: Duration) -> Entry {
+        let path = format!("/workflows/{}/runs", request.workflow);
+        let key = request.keyed.then_some(&*request.id);
+        match replicas.post(&path, &request.body, key, limit).await {
+            Some((status, answer)) => self.told(request, status, &answer),
+            None => Entry::Unknown { request: request.id.clone() },
         }
     }
 

@@ -1,12 +1,13 @@
 //! What is done to the processes, the network, the disk and the database, and how it is undone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom as _;
 use rand::{RngExt as _, SeedableRng as _};
 use rustix::process::{Pid, Signal, kill_process};
+use singletrack::store::pauses::{self, Kind};
 use sqlx::Connection as _;
 use sqlx::postgres::PgConnection;
 use tokio::time::sleep;
@@ -20,6 +21,9 @@ use super::proxy::Weather;
 /// The fault that the promise about processes excepts, named in the journal by the replica's process.
 pub const FREEZE_ALL: &str = "freeze a replica and its guards";
 
+/// What the journal calls the end of all faults.
+pub const ALL: &str = "all";
+
 macro_rules! kinds {
     ($($kind:ident,)*) => {
         /// One kind of fault.
@@ -29,7 +33,7 @@ macro_rules! kinds {
         }
 
         /// All of them.
-        pub const ALL: &[Fault] = &[$(Fault::$kind,)*];
+        pub const KINDS: &[Fault] = &[$(Fault::$kind,)*];
     };
 }
 
@@ -47,6 +51,7 @@ kinds! {
     KillClient,
     CrashPostgres,
     TerminateBackends,
+    CancelStatements,
     ExhaustConnections,
     Reindex,
     Delay,
@@ -61,6 +66,7 @@ kinds! {
     PinnedSnapshot,
     LockedRows,
     OpenEnqueue,
+    Pause,
 }
 
 use Fault::*;
@@ -129,6 +135,7 @@ pub async fn happen(fault: Fault, mut rng: StdRng, cluster: &Cluster, disk: &Dis
             .execute(&cluster.sql)
             .await?;
         }
+        CancelStatements => cancel_statements(cluster, long).await?,
         ExhaustConnections => exhaust(cluster, short).await,
         Reindex => reindex(cluster).await?,
         Delay => weather(cluster, number, long, Weather { delay: Some(short / 8), ..Weather::default() }).await,
@@ -176,6 +183,7 @@ pub async fn happen(fault: Fault, mut rng: StdRng, cluster: &Cluster, disk: &Dis
             sleep(short).await;
         }
         OpenEnqueue => open_enqueue(cluster, &mut rng, short).await?,
+        Pause => pause(cluster, &mut rng, short).await,
     }
     cluster.journal.write([Entry::Healed { name, to: is_about }]);
     Ok(())
@@ -239,6 +247,21 @@ async fn weather(cluster: &Cluster, number: usize, how_long: Duration, weather: 
     proxy.set(Weather::default());
 }
 
+/// Cancels what is under way, again and again: the statement does nothing, and its connection stays.
+async fn cancel_statements(cluster: &Cluster, how_long: Duration) -> Result<()> {
+    let since = Instant::now();
+    while since.elapsed() < how_long {
+        sqlx::query(
+            "select pg_cancel_backend(pid) from pg_stat_activity
+             where datname = current_database() and application_name = 'singletrack' and random() < 0.3",
+        )
+        .execute(&cluster.sql)
+        .await?;
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
 /// Takes every connection that there is.
 async fn exhaust(cluster: &Cluster, how_long: Duration) {
     let options = cluster.sql.connect_options();
@@ -254,6 +277,24 @@ async fn reindex(cluster: &Cluster) -> Result<()> {
     sqlx::query("reindex index concurrently test_runs_one_running").execute(&cluster.sql).await?;
     sqlx::query("reindex index concurrently test_runs_one_slot").execute(&cluster.sql).await?;
     Ok(())
+}
+
+/// Pauses a workflow that many ask for, and resumes it, whatever happens meanwhile: nobody else would.
+async fn pause(cluster: &Cluster, rng: &mut StdRng, how_long: Duration) {
+    let workflow = format!("pull-{}", rng.random_range(0..4));
+    let paused = async {
+        let mut connection = cluster.sql.acquire().await?;
+        pauses::pause(&mut connection, Kind::Workflow, &workflow, Some("a look"), "suite").await
+    };
+    let _ = paused.await;
+    sleep(how_long).await;
+    let resumed = async || {
+        let mut connection = cluster.sql.acquire().await?;
+        pauses::resume(&mut connection, Kind::Workflow, &workflow, "suite").await
+    };
+    while resumed().await.is_err() {
+        sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// Somebody's transaction in which a run was asked for, which stays open.

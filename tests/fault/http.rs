@@ -23,6 +23,12 @@ impl Replicas {
         }
     }
 
+    /// One of them alone.
+    pub fn one(&self) -> Self {
+        let base = self.bases[rand::rng().random_range(0..self.bases.len())].clone();
+        Self { bases: vec![base], http: self.http.clone() }
+    }
+
     /// Status and body of the answer of one of them; `None` where there was none within `limit`, or only half of one.
     pub async fn post(&self, path: &str, body: &Value, key: Option<&str>, limit: Duration) -> Option<(u16, Value)> {
         let base = &self.bases[rand::rng().random_range(0..self.bases.len())];

@@ -24,7 +24,8 @@ pub struct Line {
 #[serde(tag = "e", rename_all = "kebab-case")]
 pub enum Entry {
     /// A client is about to send a request for a run, for the first time or again. On the disk before it is sent.
-    Sent { request: String, workflow: String, keyed: bool },
+    /// `patient`: it will wait for the answer.
+    Sent { request: String, workflow: String, keyed: bool, patient: bool },
     /// It was answered. `run` is the run it is about: the new one, or the holder.
     Answered { request: String, status: u16, cause: Option<String>, run: Option<Uuid> },
     /// It was not, and may have been carried out.

@@ -8,8 +8,8 @@
 //! [`beside`] has the version before work beside this one, on a database that this one migrates beneath it.
 //!
 //! As a part of `make test` it is a smoke of two minutes. `make fault` is the whole of it; `SEED=7` is one seed, whose faults and
-//! requests are the same again, `SEEDS=20` how many, `MINUTES=5` how long each, `POOLER=1`
-//! puts a pgbouncer in session mode between the proxies and the server.
+//! requests are the same again, `SEEDS=20` how many, `MINUTES=5` how long each. One more seed is played with a pgbouncer in session mode
+//! between the proxies and the server, where there is one; with `POOLER=1` all are.
 
 #![allow(unreachable_pub, clippy::unwrap_used, missing_docs)]
 

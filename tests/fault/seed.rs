@@ -11,18 +11,20 @@ use singletrack::dev::Postgres;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 
-use super::account::Account;
+use super::account::{Account, WELL};
 use super::cluster::{Cluster, Plan};
 use super::disk::Disk;
-use super::faults::{Fault, deck, happen};
+use super::faults::{self, Fault, deck, happen};
 use super::history::History;
-use super::journal;
+use super::journal::{self, Entry};
 use super::proxy::Counts;
 
 /// How long it is fair weather before the faults begin.
 const CALM: Duration = Duration::from_secs(5);
 /// Within this time after the last fault as much must be done again as before the first one.
 const RECOVERY: Duration = Duration::from_secs(30);
+/// How long it goes on after every request must have its answer again: those answers are looked at.
+const AFTER: Duration = Duration::from_secs(5);
 /// How many faults there are at once, at most.
 const AT_ONCE: usize = 3;
 
@@ -57,7 +59,9 @@ pub async fn run(ground: &Ground, plan: &Plan, faults: &[Fault], how_long: Durat
     outcome.calm = rate(&cluster, CALM).await?;
     outcome.faults = storm(&cluster, ground, plan.seed, faults, how_long, &mut findings).await;
     let healed = Instant::now();
-    while outcome.recovered < 0.9 * outcome.calm && healed.elapsed() < RECOVERY {
+    cluster.journal.write([Entry::Healed { name: faults::ALL.into(), to: String::new() }]);
+    let is_well = |recovered: f64| recovered >= 0.9 * outcome.calm && healed.elapsed() > WELL + AFTER;
+    while !is_well(outcome.recovered) && healed.elapsed() < RECOVERY {
         outcome.recovered = rate(&cluster, Duration::from_secs(3)).await?.max(outcome.recovered);
     }
     if outcome.recovered < 0.9 * outcome.calm || outcome.calm < 1.0 {

@@ -1,18 +1,28 @@
 //! Requests that are sent together do not depend on each other.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use serde_json::json;
+use singletrack::Client;
 use singletrack::domain::{Lease, LogChunk, Status, Stream};
-use singletrack::store::Flight;
 use singletrack::store::claim::Renewal;
+use singletrack::store::enqueue::{Enqueued, Request};
+use singletrack::store::enqueuer::Enqueuer;
 use singletrack::store::logs::{Bound, Piece, Printed};
 use singletrack::store::reports::Reports;
+use singletrack::store::{Db, Error, Flight, LIMIT};
+use tokio::runtime;
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::support::database::TestDb;
-use crate::support::plant;
 use crate::support::replica::Replica;
+use crate::support::{eventually, plant};
+
+const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_that_a_transaction_keeps_locked_costs_only_those_who_want_it() {
@@ -123,6 +133,85 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
     assert_eq!(number(&test, "select count(*) from run_logs where seq between 2 and 4").await, 300);
     assert!(number(&test, "select count(distinct xmin::text) from run_logs").await < 50);
     test.check().await;
+}
+
+/// Until it is opened an insert stands still, and is not committed.
+const GATE: &str = "
+    create table gate ();
+    create function stand_at_the_gate() returns trigger language plpgsql as $$
+    begin
+        while not exists (select from gate) loop
+            perform pg_sleep(0.01);
+        end loop;
+        return null;
+    end $$;
+    create trigger gate after insert on test_runs for each row execute function stand_at_the_gate()";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_had_no_answer_and_then_goes_its_own_way_is_told_of_the_run_that_it_made() {
+    let test = TestDb::new().await;
+    plant::workflow(&test.sql, "w", &["true"]).await;
+    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    // What is sent together is given up before it is through the gate; what goes its own way has to wait for its connection.
+    let (flights, db) = (Db::new(test.options(), 2, Duration::from_secs(1)), Db::new(test.options(), 1, LIMIT));
+    let ((taken, is_taken), (let_go, free), held) = (oneshot::channel(), oneshot::channel::<()>(), db.clone());
+    let holding = tokio::spawn(async move {
+        held.with(async |_| {
+            taken.send(()).unwrap();
+            let _ = free.await;
+            Ok(())
+        })
+        .await
+    });
+    is_taken.await.unwrap();
+    let enqueuer = Enqueuer::new(db.clone(), flights);
+    for flight in Flight::ALL {
+        tokio::spawn(enqueuer.clone().run(flight));
+    }
+    let request = Request::new("w".parse().unwrap(), "test");
+    let id = request.id;
+    let asking = tokio::spawn(async move { enqueuer.enqueue(request).await });
+    eventually("it stands at the gate", PATIENCE, async || {
+        let standing =
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'";
+        (number(&test, standing).await == 1).then_some(())
+    })
+    .await;
+    // From now on another look has to be a closer one.
+    sqlx::query("insert into pauses (kind, name, paused_by) values ('workflow', 'w', 'test')")
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    eventually("it goes its own way", PATIENCE, async || (db.status().waiting == 1).then_some(())).await;
+    sqlx::query("insert into gate default values").execute(&test.sql).await.unwrap();
+    eventually("it is through", PATIENCE, async || {
+        (number(&test, "select count(*) from test_runs").await == 1).then_some(())
+    })
+    .await;
+    let_go.send(()).unwrap();
+    match asking.await.unwrap() {
+        Ok(Enqueued::Accepted(run)) => assert_eq!(run.id, id),
+        other => panic!("its run is there, and it was told {other:?}"),
+    }
+    holding.await.unwrap().unwrap();
+    test.check().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_whose_runtime_has_ended_says_that_nothing_was_done() {
+    let test = TestDb::new().await;
+    plant::workflow(&test.sql, "w", &["true"]).await;
+    let servers = test.servers();
+    let ended = std::thread::spawn(move || {
+        let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async { Client::new(servers, 1) })
+    });
+    let client = ended.join().unwrap();
+    let asked = timeout(PATIENCE, client.enqueue(Request::new("w".parse().unwrap(), "test"))).await;
+    let error = asked.expect("an answer").unwrap_err();
+    assert!(matches!(*error, Error::Ended), "{error:?}");
+    assert!(!error.outcome_unknown());
+    assert_eq!(number(&test, "select count(*) from test_runs").await, 0);
 }
 
 async fn number(test: &TestDb, query: &'static str) -> i64 {

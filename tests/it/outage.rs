@@ -5,8 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use serde_json::{Value, json};
 use singletrack::domain::Scope;
+use singletrack::store::{Db, Error, LIMIT};
+use tokio::sync::Barrier;
 use tokio::task::{JoinSet, block_in_place};
 use uuid::Uuid;
 
@@ -180,6 +183,37 @@ async fn callers_who_wait_for_the_keys_together_are_told_together_that_they_can_
     assert!(since.elapsed() < SOON, "one after the other: {:?}", since.elapsed());
     open.rollback().await.unwrap();
     assert_eq!(replica.client.having(&token).say("heartbeat", json!([])).await.status, 422, "and then they are let in");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_connections_that_were_terminated_one_statement_at_most_comes_to_know() {
+    const MANY: usize = 6;
+    let test = TestDb::new().await;
+    let (db, together) = (Db::new(test.servers(), MANY as u32, LIMIT), Barrier::new(MANY));
+    let used = (0..MANY).map(|_| {
+        db.with(async |connection| {
+            // Each has one of its own.
+            together.wait().await;
+            sqlx::query("select 1").execute(connection).await
+        })
+    });
+    assert!(join_all(used).await.iter().all(Result::is_ok));
+    let terminated: i64 = sqlx::query_scalar(
+        "select count(pg_terminate_backend(pid, 10000)) from pg_stat_activity
+         where datname = current_database() and pid <> pg_backend_pid() and application_name = 'singletrack'",
+    )
+    .fetch_one(&test.sql)
+    .await
+    .unwrap();
+    assert_eq!(terminated, MANY as i64);
+    let mut failed = Vec::new();
+    for _ in 0..MANY {
+        let asked = db.with(async |connection| sqlx::query("select 1").execute(connection).await).await;
+        failed.extend(asked.err());
+    }
+    // Where a second has gone by meanwhile, none.
+    assert!(failed.len() <= 1 && failed.iter().all(Error::outcome_unknown), "{failed:?}");
+    test.check().await;
 }
 
 const WORKFLOWS: usize = 8;

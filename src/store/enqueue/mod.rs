@@ -204,7 +204,7 @@ pub(super) async fn enqueue_within(
     set_lock_timeout(connection, patience).await?;
     let looked = closely_in_turn(connection, requests, closely, repeated).await;
     // Whoever has the connection next waits as long as everybody does.
-    set_lock_timeout(connection, LOCK_TIMEOUT).await?;
+    set_lock_timeout(connection, LOCK_TIMEOUT).await.map_err(after_a_commit)?;
     for (index, answer) in looked? {
         answers[index] = Some(answer);
     }

@@ -2,7 +2,7 @@
 
 use singletrack::domain::{Status, Verdict};
 
-use super::{Action, Condition, Fault, Life, Process, Silence, Stage, World, Wrong, due};
+use super::{Action, Condition, Fault, Job, Life, Process, Silence, Stage, World, Wrong, due};
 use crate::model::{Name, Pausable, Policy};
 
 const WORKFLOWS: [Name; 2] = ["a", "b"];
@@ -50,6 +50,8 @@ impl Life {
             numbers(&world.jobs, |job| job.process == Process::Unstarted && world.workflow(job) == "a")
                 .map(Action::GiveBack),
         );
+        let over = |job: &Job| matches!(job.process, Process::Ended(_) | Process::Killed) && world.heard(job.host);
+        actions.extend(numbers(&world.jobs, |job| over(job) && world.workflow(job) == "a").map(Action::LoseEnd));
         actions.push(Action::Pause("a"));
         // A host that has nothing to do is none the worse for it. What is in its hands for `b` only is what `a` sees, too.
         let busy = |host: &usize| world.jobs.iter().any(|job| job.host == *host && world.workflow(job) == "a");
@@ -173,6 +175,6 @@ fn calm_rank(action: &Action) -> Option<u8> {
         Action::TimePasses(_) => 10,
         Action::Seal(_) | Action::Reap(_) => 11,
         Action::GhostLands(_) | Action::End(..) | Action::Strike(..) | Action::LoseAnswer(_) => return None,
-        Action::Cancel(_) | Action::Pause(_) | Action::GiveBack(_) => return None,
+        Action::LoseEnd(_) | Action::Cancel(_) | Action::Pause(_) | Action::GiveBack(_) => return None,
     })
 }

@@ -145,6 +145,8 @@ pub enum Action {
     End(usize, Verdict),
     HearOfCancel(usize),
     Settle(usize),
+    /// An end is written, and its worker does not hear of it: it will say it again.
+    LoseEnd(usize),
     Heartbeat(usize),
     /// A worker looks at its clock, and ends what it can't answer for.
     LookAtClock(usize),

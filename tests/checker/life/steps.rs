@@ -38,6 +38,12 @@ impl Life {
             Action::End(job, verdict) => world.jobs[job].process = Process::Ended(verdict),
             Action::HearOfCancel(job) => world.jobs[job].process = Process::Ended(Verdict::Cancelled),
             Action::Settle(job) => self.settle(world, job),
+            Action::LoseEnd(job) => {
+                world.struck = true;
+                let said = world.jobs[job];
+                self.settle(world, job);
+                world.jobs.insert(job, said);
+            }
             Action::Heartbeat(host) => world.heartbeat(host),
             Action::LookAtClock(host) => self.look_at_clock(world, host),
             Action::GuardsKill(host) => world.kill(host, |process| process == Process::Alive),

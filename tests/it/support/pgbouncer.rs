@@ -17,10 +17,17 @@ pub struct Pgbouncer {
 }
 
 impl Pgbouncer {
+    /// Whether there is one to start.
+    pub fn is_installed() -> bool {
+        Command::new("pgbouncer").arg("--version").output().is_ok()
+    }
+
     /// One in front of the server whose socket is in the folder `server`, with these settings, when it lets in. `None` where it is not
     /// installed.
     pub fn start(server: &Path, settings: &str) -> Option<Self> {
-        Command::new("pgbouncer").arg("--version").output().ok()?;
+        if !Self::is_installed() {
+            return None;
+        }
         let (folder, owner) = (tempfile::tempdir().unwrap(), fs::metadata(server).unwrap());
         let own = folder.path().display();
         let ini = format!(
