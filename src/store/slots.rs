@@ -69,7 +69,7 @@ pub struct SlotResult {
 }
 
 /// At most `limit` slots that come after workflow `after`, in the order of their ids: of every workflow that is defined, and of every id that
-/// has runs; or of `only` this one. `bound` is a regular expression of Postgres for those that are to be seen. Each is looked up by indexes,
+/// has runs; or of `only` this one, which may be an instance that never ran. `bound` is a regular expression of Postgres for those that are to be seen. Each is looked up by indexes,
 /// however long the history is.
 pub async fn list(
     connection: &mut PgConnection,
@@ -103,7 +103,16 @@ pub async fn list(
         ),
         page as materialized (
             select id
-            from (select workflow_id as id from used where workflow_id is not null union select id from defined) ids
+            from (
+                select workflow_id as id from used where workflow_id is not null
+                union
+                select id from defined
+                union
+                -- an instance that never ran
+                select $4
+                where $4 > coalesce($1, '')
+                  and exists (select from workflows w where w.id = split_part($4, '@', 1) and w.deleted_at is null)
+            ) ids
             where id ~ coalesce($2, '') and id = coalesce($4, id)
             order by id
             limit $3::bigint

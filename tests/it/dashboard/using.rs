@@ -141,3 +141,23 @@ async fn a_run_is_given_an_input_and_its_log_has_the_colours_that_it_prints() {
     let input: Value = replica.client.get(&format!("/api/v1/runs/{run}")).await.body["input"].clone();
     assert_eq!(input, json!({"ref": "v1"}));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_that_never_ran_uses_its_definition_and_is_paused_by_itself() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    replica.client.define("w", "true").await;
+    let Some(page) = Browser::open(&format!("{}/#/workflows/w@one", replica.client.base)).await else { return };
+    page.sees("No run yet").await;
+    page.click("[data-name=pause]").await;
+    page.click("dialog [data-name=confirm]").await;
+    page.sees("Paused by").await;
+    assert_eq!(replica.client.enqueue("w").await.status, 202, "the definition is not");
+    assert_eq!(replica.client.enqueue("w@one").await.status, 409);
+    page.click("[data-name=resume]").await;
+    page.click("[data-name=first]").await;
+    page.until("document.querySelector('h1 .s-succeeded') && document.querySelector('h1').innerText.includes('w@one')")
+        .await;
+    page.go("#/workflows/nothing").await;
+    page.sees("There is no such workflow").await;
+}
