@@ -180,19 +180,7 @@ pub async fn run(
         notes: Arc::default(),
         keys: api::Keys::new(closed, config.key_rate),
         feed: Arc::default(),
-        facts: Arc::new(Facts::new(
-            listen,
-            config.public_url.clone(),
-            Duration::from_secs_f64((config.worker.kill_grace + MARGIN).as_secs_f64().ceil() + 1.0),
-            Terms {
-                heartbeat_interval: config.worker.heartbeat_interval,
-                heartbeat_timeout: config.worker.heartbeat_timeout,
-                run_timeout: config.worker.run_timeout,
-                log_bytes: config.worker.log_bytes,
-                output_bytes: config.worker.output_bytes,
-            },
-            config.idempotency_ttl,
-        )),
+        facts: Arc::new(facts(&config, listen)),
     });
     let mut parts = Parts::default();
     let over = CancellationToken::new();
@@ -212,6 +200,24 @@ pub async fn run(
     });
     tracing::info!(address = %listen, worker = %ctx.name, capacity = config.worker.capacity, "ready");
     work(&config, &servers, ctx, parts, &stop, || server.graceful_shutdown(Some(LAST_REQUESTS))).await
+}
+
+fn facts(config: &Config, listen: SocketAddr) -> Facts {
+    let worker = &config.worker;
+    let facts = Facts::new(
+        listen,
+        config.public_url.clone(),
+        Duration::from_secs_f64((worker.kill_grace + MARGIN).as_secs_f64().ceil() + 1.0),
+        Terms {
+            heartbeat_interval: worker.heartbeat_interval,
+            heartbeat_timeout: worker.heartbeat_timeout,
+            run_timeout: worker.run_timeout,
+            log_bytes: worker.log_bytes,
+            output_bytes: worker.output_bytes,
+        },
+        config.idempotency_ttl,
+    );
+    Facts { settings: config.to_string(), ..facts }
 }
 
 /// Runs `handlers` in this program until `stop` is asked and everything it holds is settled or given back. It serves no API,

@@ -19,6 +19,25 @@ const SECONDS: &[f64] =
 /// Entries of a statement.
 const ENTRIES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0];
 
+/// What an enqueue is answered, an attempt comes to, is executed by, a renewal is answered, and a reaper finds.
+const ANSWERS: &[&str] = &[
+    "accepted",
+    "existing",
+    "slot_taken",
+    "workflow_paused",
+    "too_many_waiting",
+    "not_found",
+    "idempotency_key_reused",
+    "idempotency_in_flight",
+    "contended",
+    "unknown",
+    "unavailable",
+];
+const OUTCOMES: &[&str] = &["succeeded", "failed", "cancelled", "timed_out", "stale"];
+const EXECUTORS: &[&str] = &["command", "http", "pull", "handler"];
+const RENEWALS: &[&str] = &["held", "cancel_requested", "overdue", "busy", "lost"];
+const CAUSES: &[&str] = &["worker_lost", "unkillable", "callback_timeout", "unconfirmed", "expired"];
+
 /// The metrics of this process.
 pub static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::default);
 
@@ -30,7 +49,7 @@ pub struct Metrics {
     pub enqueues: IntCounterVec,
     /// Attempts settled by this replica, by what was said of them.
     pub attempts: IntCounterVec,
-    /// Runs that became final by it, by status.
+    /// Runs that became final by it, by status: settled, or ended before they were started.
     pub ended: IntCounterVec,
     /// How long attempts took that this replica executed.
     pub attempt_seconds: Histogram,
@@ -73,6 +92,9 @@ impl Default for Metrics {
     fn default() -> Self {
         let registry = Registry::new();
         let all = Register(&registry);
+        all.gauges("build_info", "1, under the version of this replica.", &["version"])
+            .with_label_values(&[env!("CARGO_PKG_VERSION")])
+            .set(1);
         let ages = Ages {
             oldest_queued: all.gauge(
                 "oldest_queued_age_seconds",
@@ -86,19 +108,26 @@ impl Default for Metrics {
             ),
         };
         Self {
-            enqueues: all.counters("enqueues_total", "Enqueues, by what they were answered.", &["answer"]),
-            attempts: all.counters("attempts_total", "Attempts settled by this replica, by what was said of them.", &["outcome"]),
-            ended: all.counters("runs_ended_total", "Runs that became final when this replica settled an attempt, by status.", &["status"]),
+            enqueues: all.counters("enqueues_total", "Enqueues, by what they were answered.", "answer", ANSWERS),
+            attempts: all.counters("attempts_total", "Attempts settled by this replica, by what was said of them.", "outcome", OUTCOMES),
+            ended: all.counters(
+                "runs_ended_total",
+                "Runs that became final by this replica, by status: settled, cancelled before their start, skipped or expired. Those that a \
+                 newer `replace` or somebody's SQL ended are not counted.",
+                "status",
+                &[OUTCOMES, &["skipped"]].concat(),
+            ),
             attempt_seconds: all.histogram("attempt_duration_seconds", "How long attempts took that this replica executed."),
             waiting_seconds: all.histogram("run_waiting_seconds", "How long runs were due before this replica had them claimed."),
-            claims: all.counters("claims_total", "Runs claimed by way of this replica, by kind of executor.", &["executor"]),
-            renewals: all.counters("lease_renewals_total", "Renewals of leases, by answer.", &["result"]),
+            claims: all.counters("claims_total", "Runs claimed by way of this replica, by kind of executor.", "executor", EXECUTORS),
+            renewals: all.counters("lease_renewals_total", "Renewals of leases, by answer.", "result", RENEWALS),
             lost: all.counter("lost_leases_refused_total", "Ends that were refused because their lease was lost."),
-            reaped: all.counters("reaped_total", "Runs that the reaper of this replica ended or gave back, by cause.", &["cause"]),
+            reaped: all.counters("reaped_total", "Runs that the reaper of this replica ended or gave back, by cause.", "cause", CAUSES),
             promoted: all.counters(
                 "promoted_total",
                 "Runs that this replica brought on: scheduled ones that were due, and stranded ones, of which there should be none.",
-                &["kind"],
+                "kind",
+                &["due", "stranded"],
             ),
             batch_size: all.histograms("statement_entries", "Entries per statement, by what is gathered.", &["kind"], ENTRIES),
             requests: all.histograms(
@@ -140,8 +169,11 @@ impl Register<'_> {
         self.add(IntCounter::with_opts(named(name, help)))
     }
 
-    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
-        self.add(IntCounterVec::new(named(name, help), labels))
+    /// Counters that are there from the beginning, at 0: an alert on their growth would not see the first time that one is counted.
+    fn counters(&self, name: &str, help: &str, label: &str, values: &[&str]) -> IntCounterVec {
+        let counters = self.add(IntCounterVec::new(named(name, help), &[label]));
+        values.iter().for_each(|value| drop(counters.with_label_values(&[*value])));
+        counters
     }
 
     fn plain_gauge(&self, name: &str, help: &str) -> prometheus::IntGauge {

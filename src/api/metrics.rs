@@ -12,6 +12,7 @@ use tokio::sync::Mutex;
 use super::Api;
 use super::auth::Caller;
 use super::problem::{self, Problem};
+use super::system::pools;
 use crate::metrics::{MEDIA_TYPE, METRICS, render};
 use crate::store::depth::depth;
 
@@ -41,12 +42,10 @@ pub(super) async fn serve(State(api): State<Api>, caller: Caller) -> Result<Resp
 
 /// Asks the database and the pools.
 async fn ask(api: &Api) {
-    for (name, db) in [("main", &api.db), ("flights", &api.flights)] {
-        let status = db.status();
-        let connections = |state| METRICS.connections.with_label_values(&[name, state]);
-        connections("idle").set(i64::try_from(status.available).unwrap_or(i64::MAX));
-        connections("used").set(i64::try_from(status.size.saturating_sub(status.available)).unwrap_or(i64::MAX));
-        connections("wanted").set(i64::try_from(status.waiting).unwrap_or(i64::MAX));
+    for pool in pools(api) {
+        for (state, count) in pool.states() {
+            METRICS.connections.with_label_values(&[pool.name, state]).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
     }
     let mut asked = api.notes.asked.0.lock().await;
     if asked.is_some_and(|at| at.elapsed() < FRESH) {

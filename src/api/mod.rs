@@ -27,6 +27,7 @@ mod refusals;
 mod runs;
 mod schedules;
 mod slots;
+mod system;
 mod usage;
 mod workflows;
 
@@ -127,6 +128,8 @@ pub struct Facts {
     pub listen: SocketAddr,
     /// How others reach it, where that was configured.
     pub public_url: Option<String>,
+    /// The settings in force as `VARIABLE=value` lines, secrets hidden.
+    pub settings: String,
     /// The smallest heartbeat timeout a workflow may ask for: the kill grace and the margin, and a second to renew in.
     pub shortest_heartbeat_timeout: Duration,
     /// What holds for workers that claim over HTTP.
@@ -166,7 +169,18 @@ impl Facts {
         idempotency_ttl: Duration,
     ) -> Self {
         let [waiters, claimants, batches] = [WAITERS, WAITERS, BATCHES].map(Semaphore::new);
-        Self { listen, public_url, shortest_heartbeat_timeout, terms, idempotency_ttl, waiters, claimants, batches }
+        let settings = String::new();
+        Self {
+            listen,
+            public_url,
+            settings,
+            shortest_heartbeat_timeout,
+            terms,
+            idempotency_ttl,
+            waiters,
+            claimants,
+            batches,
+        }
     }
 }
 
@@ -247,6 +261,7 @@ fn routes(output_bytes: usize) -> OpenApiRouter<Api> {
         .routes(to(Admin, routes!(keys::list, keys::create)))
         .routes(to(Admin, routes!(keys::revoke)))
         .routes(to(Admin, routes!(audit::list)))
+        .routes(to(Admin, routes!(system::get)))
         // machines
         .merge(probes())
         .routes(to(None, routes!(openapi::serve)))

@@ -57,6 +57,9 @@ pub(super) struct Ls {
 pub(super) struct Revoke {
     /// The key's id, the middle part of st_<id>_<secret>.
     id: String,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     settings: Settings,
 }
@@ -125,9 +128,10 @@ impl Command {
                 let keys = keys::list(servers).await?;
                 Ok(if json { format!("{:#}\n", json!({"items": keys})) } else { keys.iter().map(line).collect() })
             }
-            Self::Revoke(Revoke { id, .. }) => {
+            Self::Revoke(Revoke { id, json, .. }) => {
                 keys::revoke(servers, &id).await?;
-                Ok(format!("revoked {id}\n"))
+                let document = json!({"id": id, "revoked": true});
+                Ok(if json { format!("{document:#}\n") } else { format!("revoked {id}\n") })
             }
         }
     }

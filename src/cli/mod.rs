@@ -92,7 +92,13 @@ enum Service {
     /// A replica without the API: worker and probes.
     Worker(Settings),
     /// Bring the schema of the database up to date.
-    Migrate(Settings),
+    Migrate {
+        #[command(flatten)]
+        settings: Settings,
+        /// Print one JSON document: how many migrations that took.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs one command.
@@ -141,7 +147,7 @@ fn ask(command: impl Future<Output = Result<ExitCode, Failure>>) -> ExitCode {
 fn serve(command: &Service) -> ExitCode {
     let (settings, from_environment) = match command {
         Service::Dev(settings) => (settings, None),
-        Service::Serve(settings) | Service::Worker(settings) | Service::Migrate(settings) => {
+        Service::Serve(settings) | Service::Worker(settings) | Service::Migrate { settings, .. } => {
             (settings, std::env::var("DATABASE_URL").ok())
         }
     };
@@ -195,7 +201,7 @@ fn execute(command: &Service, config: Config) -> anyhow::Result<()> {
             Service::Dev(_) => develop(config).await,
             Service::Serve(_) => replica(config, Role::Serve).await,
             Service::Worker(_) => replica(config, Role::Worker).await,
-            Service::Migrate(_) => migrate(&servers(&config)?).await,
+            Service::Migrate { json, .. } => migrate(&servers(&config)?, *json).await,
         };
         if let Some(sending) = sending {
             // What is sent last needs this runtime.
@@ -212,8 +218,9 @@ fn servers(config: &Config) -> anyhow::Result<Servers> {
     Ok(config.database_url.as_ref().context("DATABASE_URL is not set")?.options().into())
 }
 
-async fn migrate(servers: &Servers) -> anyhow::Result<()> {
+async fn migrate(servers: &Servers, json: bool) -> anyhow::Result<()> {
     match app::migrate_schema(servers).await? {
+        count if json => println!("{:#}", serde_json::json!({"applied": count})),
         0 => println!("up to date already"),
         1 => println!("applied 1 migration"),
         count => println!("applied {count} migrations"),

@@ -36,6 +36,11 @@ impl Progress {
         Self { shown: false, terminal: io::stderr().is_terminal() }
     }
 
+    /// Whether somebody may see it.
+    pub(super) fn is_seen(&self) -> bool {
+        self.terminal
+    }
+
     pub(super) fn show(&mut self, text: &str) {
         if self.terminal {
             let _ = write!(io::stderr().lock(), "\r\x1b[K{text}").and_then(|()| io::stderr().flush());

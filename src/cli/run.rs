@@ -34,10 +34,10 @@ pub(super) struct Run {
     /// What the run is given: JSON, @FILE, or - for standard input. [default: null]
     #[arg(short, long, value_name = "JSON")]
     input: Option<String>,
-    /// Wait until the run is over; its status is the exit code.
+    /// Wait until the run is over; its status is the exit code. A terminal shows how far it is; what the run prints is not shown.
     #[arg(short, long)]
     wait: bool,
-    /// Wait, and print what the run prints: its standard output here, its standard error there.
+    /// Wait, show how far it is until it starts, and print what it prints: its standard output here, its standard error there.
     #[arg(short, long)]
     follow: bool,
     /// What to do when the slot is taken. [default: what the workflow says]

@@ -171,7 +171,8 @@ impl Show {
             text += &section(
                 ["REFUSED", "TIMES", "LAST"],
                 refusals.iter().map(|refused| {
-                    [Cell::of(&refused["requested_by"]), Cell::of(&refused["count"]), Cell::of(&refused["last_at"])]
+                    let who = refused["requester"].as_str().unwrap_or("others");
+                    [Cell::text(who), Cell::of(&refused["refusals"]), Cell::of(&refused["last_at"])]
                 }),
             );
         }

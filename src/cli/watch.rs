@@ -12,8 +12,10 @@ use super::client::{Client, Failure};
 use super::follow::Stream;
 use super::output::{Progress, coloured, duration, printable, say_json, say_log, seconds, tell, words};
 
-/// How long one request waits, and how soon there is another where the service has no place to wait.
+/// How long one request waits, which is less where somebody looks on; and how soon there is another where the service has no place to
+/// wait.
 const WAIT_SECONDS: u64 = 20;
+const SEEN_SECONDS: u64 = 2;
 const AGAIN: Duration = Duration::from_secs(1);
 /// As of a process that Ctrl-C has ended.
 const INTERRUPTED: u8 = 130;
@@ -34,9 +36,13 @@ pub(super) async fn watch(
     };
     let over = async {
         if follow {
+            // The log is silent until it starts; where a terminal shows nothing else, nobody knows why.
+            if Progress::new().is_seen() {
+                wait(client, id, has_begun).await?;
+            }
             print_log(client, id, None, true, json).await?;
         }
-        wait(client, id).await
+        wait(client, id, |run| run["finished_at"].is_string()).await
     };
     let run = tokio::select! {
         run = over => run?,
@@ -84,15 +90,20 @@ pub(super) async fn print_log(
     Ok(())
 }
 
-/// The run, once it is over.
-async fn wait(client: &Client, id: &str) -> Result<Value, Failure> {
+fn has_begun(run: &Value) -> bool {
+    !matches!(run["status"].as_str(), Some("scheduled" | "waiting" | "queued"))
+}
+
+/// The run, once it is far `enough`.
+async fn wait(client: &Client, id: &str, enough: impl Fn(&Value) -> bool) -> Result<Value, Failure> {
     let (mut progress, mut tick) = (Progress::new(), interval(AGAIN));
+    let patience = if progress.is_seen() { SEEN_SECONDS } else { WAIT_SECONDS };
     let mut run = Value::Null;
     let mut complained = false;
     loop {
         let asked_at = Instant::now();
         // The first answer is there at once, so that there is something to show.
-        let asked = client.run_once_over(id, if run.is_null() { 0 } else { WAIT_SECONDS });
+        let asked = client.run_once_over(id, if run.is_null() { 0 } else { patience });
         pin!(asked);
         let answer = loop {
             tokio::select! {
@@ -101,7 +112,7 @@ async fn wait(client: &Client, id: &str) -> Result<Value, Failure> {
             }
         };
         match answer {
-            Ok(Some(answer)) if answer["finished_at"].is_string() => return Ok(answer),
+            Ok(Some(answer)) if enough(&answer) => return Ok(answer),
             Ok(Some(answer)) => (run, complained) = (answer, false),
             Ok(None) => return Err(Failure::Failed(format!("run {id} is not there any more"))),
             Err(Failure::Unreached(why) | Failure::NoAnswer(why)) if !run.is_null() => {

@@ -55,6 +55,9 @@ pub(super) struct Rm {
     /// Do not ask.
     #[arg(short, long)]
     yes: bool,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     connection: Connection,
 }
@@ -179,7 +182,7 @@ impl One {
             return Ok(ExitCode::SUCCESS);
         }
         let next = match found["schedule"].is_object() {
-            true => client.get(&format!("/schedules/{id}/next")).await?.unwrap_or_default(),
+            true => client.get(&format!("/schedules/{id}/next?count=3")).await?.unwrap_or_default(),
             false => Value::Null,
         };
         let again = found["max_attempts"] != 1;
@@ -227,7 +230,11 @@ impl Rm {
             }
         }
         client.delete(&format!("/workflows/{id}")).await?;
-        tell(format_args!("{id}: deleted; its history stays"));
+        if self.json {
+            say_json(&json!({"id": id, "deleted": true}));
+        } else {
+            tell(format_args!("{id}: deleted; its history stays"));
+        }
         Ok(ExitCode::SUCCESS)
     }
 }

@@ -3,6 +3,8 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::metrics::METRICS;
+
 /// What became of a request to cancel a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cancelled {
@@ -20,7 +22,7 @@ pub enum Cancelled {
 pub async fn cancel(connection: &mut PgConnection, run_id: Uuid, actor: &str) -> sqlx::Result<Cancelled> {
     let answer =
         sqlx::query_scalar!(r#"select cancel_run($1, $2) as "answer!""#, run_id, actor).fetch_one(connection).await?;
-    Ok(read(&answer))
+    Ok(count(read(&answer)))
 }
 
 /// Cancels runs, in this order, all in one transaction; the answers stand in the order of the runs.
@@ -35,7 +37,7 @@ pub async fn cancel_all(connection: &mut PgConnection, run_ids: &[Uuid], actor: 
     )
     .fetch_all(connection)
     .await?;
-    Ok(answers.iter().map(|answer| read(answer)).collect())
+    Ok(answers.iter().map(|answer| count(read(answer))).collect())
 }
 
 fn read(answer: &str) -> Cancelled {
@@ -45,4 +47,12 @@ fn read(answer: &str) -> Cancelled {
         "already-final" => Cancelled::AlreadyFinal,
         _ => Cancelled::Unknown,
     }
+}
+
+/// What ends here is settled by nobody.
+fn count(cancelled: Cancelled) -> Cancelled {
+    if cancelled == Cancelled::AtOnce {
+        METRICS.ended.with_label_values(&["cancelled"]).inc();
+    }
+    cancelled
 }

@@ -3,6 +3,8 @@
 use sqlx::PgConnection;
 use uuid::Uuid;
 
+use crate::metrics::METRICS;
+
 /// Of one workflow a look takes the first few: enough to get on, and one that can't be started does not hide the next.
 const OF_ONE: i64 = 10;
 
@@ -50,9 +52,9 @@ pub async fn due(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<
 /// Lets those of `run_ids` that are still scheduled, and due, meet their slot: each is queued, waiting or skipped then. Returns
 /// which; what somebody else has locked, or whose slot somebody is at, is for a later look, and takes 20 ms at most.
 pub async fn start(connection: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Result<Vec<Uuid>> {
-    sqlx::query_scalar!(
+    let started = sqlx::query!(
         r#"
-        select id as "id!"
+        select id as "id!", became as "became!"
         from (
             select e.id, start_due(e.id) as became
             from unnest($1::uuid[]) with ordinality as e (id, position)
@@ -63,7 +65,10 @@ pub async fn start(connection: &mut PgConnection, run_ids: &[Uuid]) -> sqlx::Res
         run_ids
     )
     .fetch_all(connection)
-    .await
+    .await?;
+    let skipped = started.iter().filter(|run| run.became == "skipped").count();
+    METRICS.ended.with_label_values(&["skipped"]).inc_by(skipped as u64);
+    Ok(started.into_iter().map(|run| run.id).collect())
 }
 
 /// Workflows with waiting runs whose slot is free, or whose holder does not know that somebody waits. There should be none.

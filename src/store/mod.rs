@@ -35,6 +35,7 @@ mod servers;
 pub mod settle;
 pub mod settler;
 pub mod slots;
+pub mod system;
 pub mod workers;
 pub mod workflows;
 

@@ -4,7 +4,8 @@ use chrono::{DateTime, Utc};
 use sqlx::PgConnection;
 use uuid::Uuid;
 
-use crate::domain::Lease;
+use crate::domain::{Lease, Status};
+use crate::metrics::METRICS;
 
 /// The database as a reaper sees it when it looks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,7 +176,7 @@ pub async fn expire(
     start_within_seconds: i32,
     run_ids: &[Uuid],
 ) -> sqlx::Result<Vec<Uuid>> {
-    sqlx::query_scalar!(
+    let expired = sqlx::query!(
         r#"
         with overdue as materialized (
             select r.id, coalesce(v.start_within_seconds, $1) as start_within
@@ -214,13 +215,17 @@ pub async fn expire(
             select id, 'queued', status, attempt, fence, 'reaper', 'expired'
             from expired
         )
-        select id from expired
+        select id, status as "status: Status" from expired
         "#,
         start_within_seconds,
         run_ids,
     )
     .fetch_all(connection)
-    .await
+    .await?;
+    for run in &expired {
+        METRICS.ended.with_label_values(&[run.status.as_str()]).inc();
+    }
+    Ok(expired.into_iter().map(|run| run.id).collect())
 }
 
 /// Deletes at most `limit` renewals of runs that are over. Not sooner than five minutes after their end: a renewal that

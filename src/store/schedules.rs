@@ -7,6 +7,7 @@ use uuid::Uuid;
 
 use super::pauses;
 use crate::domain::WorkflowId;
+use crate::metrics::METRICS;
 
 /// A schedule of which something is to be done.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +73,9 @@ pub async fn advance(
     )
     .fetch_one(connection)
     .await?;
+    if row.outcome.as_deref() == Some("skipped") {
+        METRICS.ended.with_label_values(&["skipped"]).inc();
+    }
     Ok(row.advanced.then_some(Advanced { run_id: row.run_id, outcome: row.outcome }))
 }
 

@@ -45,6 +45,8 @@ pub struct SlotHolder {
     pub started_at: Option<DateTime<Utc>>,
     /// Seconds since its worker's last sign of life; null while it is queued.
     pub heartbeat_age_seconds: Option<f64>,
+    /// Silence after which it is stale; of a queued run that was never claimed null, where its workflow names none.
+    pub heartbeat_timeout_seconds: Option<i32>,
     /// What its worker last said about how far it is.
     pub progress: Option<serde_json::Value>,
     /// When it ends if it takes as long as usual; null where that is not known.
@@ -67,10 +69,11 @@ pub struct SlotResult {
 }
 
 /// At most `limit` slots that come after workflow `after`, in the order of their ids: of every workflow that is defined, and of every id that
-/// has runs. `bound` is a regular expression of Postgres for those that are to be seen. Each is looked up by indexes, however long the
-/// history is.
+/// has runs; or of `only` this one, which may be an instance that never ran. `bound` is a regular expression of Postgres for those that are to be seen. Each is looked up by indexes,
+/// however long the history is.
 pub async fn list(
     connection: &mut PgConnection,
+    only: Option<&str>,
     bound: Option<&str>,
     after: Option<&str>,
     limit: i64,
@@ -80,30 +83,48 @@ pub async fn list(
         with recursive
         -- each id once, by steps through the index; ids beyond the page are not looked for
         used as (
-            (select workflow_id, 1 as step from test_runs where workflow_id > coalesce($1, '') order by workflow_id limit 1)
+            (select workflow_id, 1 as step
+             from test_runs
+             where workflow_id > coalesce($1, '') and workflow_id >= coalesce($4, '')
+             order by workflow_id
+             limit 1)
             union all
             select (select r.workflow_id from test_runs r where r.workflow_id > u.workflow_id order by r.workflow_id limit 1),
                    u.step + (u.workflow_id ~ coalesce($2, ''))::integer
             from used u
-            where u.workflow_id is not null and u.step <= $3::bigint
+            where u.workflow_id is not null and u.step <= $3::bigint and $4::text is null
         ),
         defined as (
             select id
             from workflows
-            where deleted_at is null and id > coalesce($1, '') and id ~ coalesce($2, '')
+            where deleted_at is null and id > coalesce($1, '') and id >= coalesce($4, '') and id ~ coalesce($2, '')
             order by id
             limit $3::bigint
         ),
         page as materialized (
             select id
-            from (select workflow_id as id from used where workflow_id is not null union select id from defined) ids
-            where id ~ coalesce($2, '')
+            from (
+                select workflow_id as id from used where workflow_id is not null
+                union
+                select id from defined
+                union
+                -- an instance that never ran
+                select $4
+                where $4 > coalesce($1, '')
+                  and exists (select from workflows w where w.id = split_part($4, '@', 1) and w.deleted_at is null)
+            ) ids
+            where id ~ coalesce($2, '') and id = coalesce($4, id)
             order by id
             limit $3::bigint
         )
         select jsonb_build_object(
             'workflow_id', page.id,
-            'holder', (select to_jsonb(h) from slot_holders h where h.workflow_id = page.id limit 1),
+            'holder', (select to_jsonb(h)
+                       from (select s.*, r.heartbeat_timeout_seconds
+                             from slot_holders s
+                             join test_runs r on r.id = s.run_id
+                             where s.workflow_id = page.id
+                             limit 1) h),
             'waiting', (select count(*) from test_runs w where w.workflow_id = page.id and w.status = 'waiting'),
             'scheduled', (select count(*) from test_runs s where s.workflow_id = page.id and s.status = 'scheduled'),
             'pause', (select to_jsonb(p)
@@ -135,6 +156,7 @@ pub async fn list(
         after,
         bound,
         limit,
+        only,
     )
     .fetch_all(connection)
     .await?;

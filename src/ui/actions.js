@@ -4,7 +4,7 @@ import { Away, Refused, api } from './api.js';
 import { h } from './dom.js';
 import { absolute, age, duration, shortId, time } from './format.js';
 import { badge, reason } from './status.js';
-import { button, confirm, dialog, facts, link, runLink, toast, trouble } from './parts.js';
+import { button, confirm, dialog, facts, link, runLink, spoken, toast, trouble } from './parts.js';
 
 const go = (hash) => (location.hash = hash);
 
@@ -16,13 +16,15 @@ export async function start(workflowId, body = {}) {
     return run;
   } catch (error) {
     if (error instanceof Refused && error.status === 409) return conflict(workflowId, body, error);
-    return failed(`${workflowId} was not started`, error);
+    return failed(`${workflowId} was not started`, error, `${workflowId} was started`);
   }
 }
 
-function failed(title, error) {
-  const told = error instanceof Away ? new Error('The server does not answer. Look at the list of runs before you try again: it may have got the request.') : error;
-  return dialog(title, (close) => [trouble(told), h('footer', null, button('Close', () => close()))]);
+/** Says that something was not done; or, where no answer came, that nobody knows whether `wanted` is so. */
+function failed(title, error, wanted) {
+  const unknown = error instanceof Away && wanted;
+  const told = error instanceof Away ? h('p.text', null, 'The server does not answer', unknown ? ', but may have got the request: look before you try again.' : '.') : trouble(error);
+  return dialog(unknown ? `It is not known whether ${wanted}` : title, (close) => [told, h('footer', null, button('Close', () => close()))]);
 }
 
 /** What a 409 says, and what one can do about it. */
@@ -43,7 +45,7 @@ export function conflict(workflowId, body, refused) {
       h('p.text', null, paused
         ? 'While it is paused no run is started. A run may wait for the end of the pause.'
         : 'Each workflow runs at most once at a time, and its slot is taken. Nothing was started. The server answered:'),
-      h('p.answer', null, h('code', null, `409 ${refused.cause}`), ' ', refused.message),
+      h('p.answer', null, h('code', null, `409 ${refused.cause}`), ' ', spoken(refused.message)),
       holder(problem),
       error ? trouble(error) : null,
       h('footer', null,
@@ -98,7 +100,7 @@ export async function rerun(run) {
     go(runLink(next.id));
   } catch (error) {
     if (error instanceof Refused && error.status === 409 && error.problem.run_id) return conflict(run.workflow_id, { input: run.input ?? undefined }, error);
-    failed('It was not started again', error);
+    failed('It was not started again', error, 'it was started again');
   }
 }
 
@@ -106,7 +108,7 @@ export function pause(name, what = 'workflow') {
   const call = what === 'queue' ? api.pauseQueue : api.pause;
   const text = what === 'queue'
     ? 'Nothing of this queue is started until it is resumed. What runs goes on.'
-    : 'Requests are refused with 409 until it is resumed, except those that wait in line. What runs goes on. Its instances pause with it.';
+    : `Requests are refused with 409 until it is resumed, except those that wait in line. What runs goes on.${name.includes('@') ? '' : ' Its instances pause with it.'}`;
   return confirm(`Pause ${what} ${name}?`, text, { yes: 'Pause', kind: '', field: 'Why (others will see it)', doing: (said) => call(name, said || null) });
 }
 
@@ -115,7 +117,7 @@ export async function resume(name, what = 'workflow') {
     await (what === 'queue' ? api.resumeQueue(name) : api.resume(name));
     toast(`${name} is resumed.`);
   } catch (error) {
-    failed(`${name} is still paused`, error);
+    failed(`${name} is still paused`, error, `${name} is resumed`);
   }
 }
 

@@ -143,7 +143,7 @@ export const api = {
   slots: (params) => get('/slots', params),
   workers: (params) => get('/workers', params),
   ready: () => request('GET', '/readyz'),
-  document: () => request('GET', '/openapi.json'),
+  system: () => get('/system'),
 };
 
 /** Everything of a paged list, up to `most` items; `all` says whether that was all. */

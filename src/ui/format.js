@@ -52,6 +52,17 @@ const DATE = new Intl.DateTimeFormat('en-GB', { day: 'numeric', month: 'short', 
 const CLOCK = new Intl.DateTimeFormat('en-GB', { hour: '2-digit', minute: '2-digit', second: '2-digit', fractionalSecondDigits: 3 });
 
 export const absolute = (at) => DATE.format(new Date(at));
+
+/** A time on the clocks of `zone`; of UTC, where this browser does not know that one. */
+export function absoluteIn(zone, at) {
+  const words = { weekday: 'short', day: 'numeric', month: 'short', year: 'numeric', hour: '2-digit', minute: '2-digit', second: '2-digit', timeZoneName: 'short' };
+  try {
+    return new Date(at).toLocaleString('en-GB', { ...words, timeZone: zone });
+  } catch {
+    return new Date(at).toLocaleString('en-GB', { ...words, timeZone: 'UTC' });
+  }
+}
+
 export const clock = (at) => CLOCK.format(new Date(at));
 
 const WORDS = {
@@ -73,6 +84,9 @@ setInterval(() => {
   }
 }, 1000);
 
-export const bytes = (count) => (count < 1024 ? `${count} B` : count < 1048576 ? `${(count / 1024).toFixed(1)} KiB` : `${(count / 1048576).toFixed(1)} MiB`);
+export function bytes(count) {
+  const power = count < 1024 ? 0 : Math.min(4, Math.floor(Math.log2(count) / 10));
+  return `${power ? (count / 1024 ** power).toFixed(1) : count} ${['B', 'KiB', 'MiB', 'GiB', 'TiB'][power]}`;
+}
 
 export const shortId = (id) => `${id.slice(0, 8)}…${id.slice(-4)}`;

@@ -87,7 +87,7 @@ export function reconnect() {
   connection.abort();
 }
 
-/** Whether there is no stream to be had here: an older server, or a proxy in the way. */
+/** Whether there is no stream to be had here: a proxy is in the way. */
 async function follow() {
   connection = new AbortController();
   let answered = false;

@@ -81,6 +81,8 @@ export function log(runId, { line, isOver }) {
 
   function draw() {
     spacer.style.height = `${lines.length * LINE}px`;
+    // As high as what is in it, and at most as the style sheet says: a box whose content does not count needs a height of its own.
+    scroller.style.height = `${Math.max(3, lines.length) * LINE}px`;
     count.textContent = plural(lines.length, 'line');
     scroller.dataset.lines = lines.length;
     follow.setAttribute('aria-pressed', String(following));
@@ -93,7 +95,6 @@ export function log(runId, { line, isOver }) {
     const last = Math.min(lines.length, first + Math.ceil((scroller.clientHeight || 400) / LINE) + 2 * SPARE);
     view.style.transform = `translateY(${first * LINE}px)`;
     view.replaceChildren(...lines.slice(first, last).map((made, index) => row(made, first + index + 1)));
-    scroller.classList.toggle('short', over && !lines.length);
     if (!lines.length) view.replaceChildren(h('p.muted.nothing', null, over ? 'It printed nothing.' : 'Nothing printed yet.'));
   }
 

@@ -22,6 +22,8 @@ const SCREENS = [
 ];
 /** Time between two reads for changes that come one after the other. */
 const CALM = 800;
+/** How often a screen with ages is read anew while nothing happens: a heartbeat is no change of status, and told by no event. */
+const AGES = 10_000;
 
 function route() {
   const [path, search] = location.hash.replace(/^#\/?/, '').split('?');
@@ -129,7 +131,7 @@ function drawTop() {
 function drawBanner() {
   const away = liveness() === 'away';
   document.body.classList.toggle('away', away);
-  const since = lastGood ? [' What you see is from ', time(lastGood.toISOString()), '.'] : '';
+  const since = lastGood ? [' What you see is ', time(lastGood.toISOString(), 'since'), ' old.'] : '';
   fill(document.getElementById('banner'), away ? h('p', null, h('strong', null, 'The server does not answer.'), since, ' Trying again by itself.') : null);
 }
 
@@ -177,6 +179,7 @@ listen((change) => {
   if (!document.hidden && (change === null || screen.wants?.(change) !== false)) refresh();
 });
 document.addEventListener('singletrack:changed', () => refresh(true));
+setInterval(() => screen.ages && !document.hidden && liveness() !== 'away' && refresh(), AGES);
 
 show();
 learnScopes();

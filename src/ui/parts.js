@@ -2,7 +2,7 @@
 
 import { Away, Refused, base, key } from './api.js';
 import { fill, h, svg } from './dom.js';
-import { absolute, duration, secondsBetween } from './format.js';
+import { absolute, duration, secondsBetween, time } from './format.js';
 import { shape, word } from './status.js';
 
 /** Where a screen is: `link('runs', {status: 'failed'})`. */
@@ -33,15 +33,21 @@ export function button(text, onclick, { kind = '', title, disabled, why, label, 
 
 /** The last results, oldest first: height is how long they took, colour and shape how they ended. */
 export function strip(runs, size = 20) {
-  const took = runs.map((run) => run.seconds ?? (run.started_at && run.finished_at ? secondsBetween(run.started_at, run.finished_at) : 0));
-  const longest = Math.max(...took, 0.001);
+  const seconds = runs.map((run) => run.seconds ?? 0);
+  const longest = Math.max(...seconds, 0.001);
   const cells = runs.slice(0, size).map((run, at) => {
-    const height = 6 + Math.round(16 * Math.sqrt(took[at] / longest));
-    const title = `${word(run.status)}${took[at] ? ` in ${duration(took[at])}` : ''}, ${absolute(run.finished_at ?? run.created_at)}`;
+    const height = 6 + Math.round(16 * Math.sqrt(seconds[at] / longest));
+    const title = `${word(run.status)}${seconds[at] ? ` in ${duration(seconds[at])}` : ''}, ${absolute(run.finished_at)}`;
     return h('a.bar', { href: runLink(run.id), class: `s-${run.status}`, title, 'aria-label': title, style: { height: `${height}px` } });
   });
   const empty = Array.from({ length: Math.max(0, size - cells.length) }, () => h('span.bar.none'));
   return h('div.strip', null, empty, cells.reverse());
+}
+
+/** How long the attempt took, or takes; null where none is under way. */
+export function took(run) {
+  if (run.started_at && run.finished_at) return duration(secondsBetween(run.started_at, run.finished_at));
+  return run.status === 'running' ? time(run.started_at, 'since') : null;
 }
 
 /** A bar between 0 and 1. */
@@ -67,7 +73,7 @@ const quote = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 export function curl(method, path, body) {
   const parts = [`curl -i${method === 'POST' ? '' : ` -X ${method}`} ${base}${path}`];
   if (key.get()) parts.push('-H "Authorization: Bearer $SINGLETRACK_API_KEY"');
-  if (body !== undefined) parts.push(`-H 'Content-Type: application/json' -d ${quote(JSON.stringify(body))}`);
+  if (body !== undefined) parts.push("-H 'Content-Type: application/json'", `-d ${quote(JSON.stringify(body))}`);
   return copyable(parts.join(' \\\n  '), { what: 'command' });
 }
 
@@ -75,12 +81,15 @@ export function empty(title, ...children) {
   return h('div.empty', null, h('h2', null, title), children);
 }
 
+/** Words of the server's: what stands between backticks is code. */
+export const spoken = (text) => text.split('`').map((part, index) => (index % 2 ? h('code', null, part) : part));
+
 /** An error one can act on. */
 export function trouble(error, again) {
   if (error instanceof Away) return null; // the banner says it
   const detail = error instanceof Refused ? error.message : `${error.message ?? error}`;
-  const mistakes = error.problem?.errors?.map((mistake) => h('li', null, h('code', null, mistake.pointer ?? mistake.parameter ?? mistake.header ?? ''), ' ', mistake.detail));
-  return h('div.trouble', { role: 'alert' }, h('strong', null, error.problem?.title ?? 'Something went wrong'), h('p', null, detail), mistakes?.length ? h('ul', null, mistakes) : null, again ? button('Try again', again) : null);
+  const mistakes = error.problem?.errors?.map((mistake) => h('li', null, h('code', null, mistake.pointer ?? mistake.parameter ?? mistake.header ?? ''), ' ', spoken(mistake.detail)));
+  return h('div.trouble', { role: 'alert' }, h('strong', null, error.problem?.title ?? 'Something went wrong'), h('p', null, spoken(detail)), mistakes?.length ? h('ul', null, mistakes) : null, again ? (error.status === 404 ? h('a.button', { href: link('runs') }, 'All runs') : button('Try again', again)) : null);
 }
 
 export const loading = () => h('div.loading', { 'aria-label': 'Loading' }, h('span'), h('span'), h('span'));

@@ -2,10 +2,10 @@
 
 import { api, everything, whyNot } from './api.js';
 import { h } from './dom.js';
-import { absolute, age, clock, duration, now, number, plural, secondsBetween, shortId, time } from './format.js';
-import { cancel, rerun } from './actions.js';
+import { absolute, age, clock, duration, now, number, plural, shortId, time } from './format.js';
+import { cancel, expectation, holder, rerun } from './actions.js';
 import { log } from './log.js';
-import { button, copyable, curl, facts, json, labels, link, panel, runLink, workflowLink } from './parts.js';
+import { button, copyable, curl, facts, json, labels, link, panel, runLink, took, workflowLink } from './parts.js';
 import { badge, isFinal, reason, word } from './status.js';
 
 export function run(id, params) {
@@ -13,7 +13,7 @@ export function run(id, params) {
   let attempts = [];
   let events = [];
   let refusals = [];
-  let pause = null;
+  let slot = null;
   const printed = log(id, { line: Number(params.get('line')) || undefined, isOver: () => it !== null && isFinal(it) });
 
   const changed = () => document.dispatchEvent(new Event('singletrack:changed'));
@@ -31,7 +31,10 @@ export function run(id, params) {
 
   return {
     title: 'Run',
-    wants: (change) => change.run_id === id || change.run_id === it?.blocked_by || (it?.status === 'waiting' && change.workflow_id === it.workflow_id),
+    get ages() {
+      return it !== null && !isFinal(it);
+    },
+    wants: (change) => change.run_id === id || (it !== null && !isFinal(it) && change.workflow_id === it.workflow_id),
     async load() {
       const [one, tried, told, refused] = await Promise.all([
         api.run(id),
@@ -40,14 +43,15 @@ export function run(id, params) {
         api.refusals(id),
       ]);
       [it, attempts, events, refusals] = [one, tried.items, told.items, refused.items];
-      if (!isFinal(it) && it.status !== 'running') pause = await api.workflow(it.workflow_id).then((workflow) => workflow.pause, () => null);
+      // What the list of slots says of it, so that no two screens differ.
+      slot = isFinal(it) ? null : (await api.slots({ workflow_id: it.workflow_id })).items[0] ?? null;
       this.title = `${it.workflow_id} ${word(it.status)}`;
     },
     view() {
       printed.draw();
       return [
         header(),
-        why(it, pause),
+        why(it, slot),
         h('div.columns-2', null,
           h('div', null,
             timeline(it, attempts),
@@ -59,7 +63,8 @@ export function run(id, params) {
               ['Due', it.run_at ? time(it.run_at) : null],
               ['Started', it.started_at ? time(it.started_at) : null],
               ['Finished', it.finished_at ? time(it.finished_at) : null],
-              ['Took', it.started_at ? (it.finished_at ? duration(secondsBetween(it.started_at, it.finished_at)) : time(it.started_at, 'since')) : null],
+              ['Took', took(it)],
+              ...(slot?.holder?.run_id === it.id ? held(slot) : []),
               ['Attempt', it.attempt ? `${it.attempt} of ${it.max_attempts}` : null],
               ['Exit code', it.exit_code === null ? null : String(it.exit_code)],
               ['Worker', it.worker],
@@ -85,21 +90,36 @@ export function run(id, params) {
   };
 }
 
+/** What there is to say of a run that has the slot. */
+const held = ({ holder: { heartbeat_age_seconds: silence, expected_end_at: end, progress }, waiting }) => [
+  ['Last heartbeat', typeof silence === 'number' ? `${duration(silence)} ago` : null],
+  ['Expected end', end ? expectation(end) : null],
+  ['Progress', progress === null ? null : h('code', null, JSON.stringify(progress))],
+  ['Behind it', waiting ? plural(waiting, 'run waits', 'runs wait') : null],
+];
+
 /** Why it is not running, and what one can do about that. */
-function why(it, pause) {
+function why(it, slot) {
   const said = [];
+  const has = slot?.holder ?? null;
+  const pause = it.status === 'running' ? null : slot?.pause;
+  const because = it.reason ? `: ${reason(it.reason)}.` : '.';
   if (it.cancel_requested_at && !isFinal(it)) said.push(h('p', null, h('b', null, 'It is being cancelled.'), ' Its process was told to stop ', time(it.cancel_requested_at), '.'));
   if (it.status === 'waiting') {
-    said.push(h('p', null, h('b', null, 'It waits for the slot.'), ' ', it.blocked_by ? ['The run ', h('a', { href: runLink(it.blocked_by) }, h('code', null, shortId(it.blocked_by))), ` of ${it.workflow_id} has it; this one starts when it is next in line.`] : `It starts when it is next in line for ${it.workflow_id}.`, ' ', h('a', { href: link('runs', { workflow_id: it.workflow_id, status: 'waiting,queued,running' }) }, 'See the line')));
+    const line = h('a', { href: link('runs', { workflow_id: it.workflow_id, status: 'waiting,queued,running' }) }, slot?.waiting > 1 ? `${number(slot.waiting)} wait for it` : 'See the line');
+    said.push(h('p', null, h('b', null, 'It waits for the slot.'), ` It starts when it is next in line for ${it.workflow_id}. `, line));
+    if (has) said.push(holder({ run_id: has.run_id, holder: has }));
   }
   if (it.status === 'scheduled') said.push(h('p', null, h('b', null, 'It is scheduled.'), ' It takes the slot ', time(it.run_at ?? it.available_at), '; then it may be told that it is taken.'));
   if (it.status === 'queued') {
-    if (it.reason === 'backoff') said.push(h('p', null, h('b', null, `Attempt ${it.attempt} did not succeed.`), ' The next one starts ', time(it.available_at), '; the slot is kept for it.'));
-    else if (it.reason === 'no_worker') said.push(h('p', null, h('b', null, 'No worker takes it.'), ` None that serves queue ${it.queue} and executor ${it.executor_type} was seen. Start one, or `, h('a', { href: link('workers') }, 'see who is there'), '.'));
-    else said.push(h('p', null, h('b', null, 'It has the slot, and is about to start.'), age(it.available_at ?? it.created_at) > 5 ? ' All workers that may take it are busy, or its queue is paused.' : ''));
+    const cause = has?.run_id === it.id ? has.reason : it.reason;
+    if (cause === 'backoff') said.push(h('p', null, h('b', null, `Attempt ${it.attempt} did not succeed.`), ' The next one starts ', time(it.available_at), '; the slot is kept for it.'));
+    else if (cause === 'no_worker') said.push(h('p', null, h('b', null, 'No worker takes it.'), ` None that serves queue ${it.queue} and executor ${it.executor_type} was seen. Start one, or `, h('a', { href: link('workers') }, 'see who is there'), '.'));
+    else if (cause === 'paused') said.push(h('p', null, h('b', null, 'It has the slot, and is not started: '), pause ? 'its workflow is paused.' : [`queue ${it.queue} is paused. `, h('a', { href: link('system') }, 'See the queues')]));
+    else said.push(h('p', null, h('b', null, 'It has the slot, and is about to start.'), age(it.available_at ?? it.created_at) > 5 ? ' All workers that may take it are busy.' : ''));
   }
-  if (it.status === 'skipped') said.push(h('p', null, h('b', null, `It never started: ${reason(it.reason)}.`), it.blocked_by ? [' The slot was taken by ', h('a', { href: runLink(it.blocked_by) }, h('code', null, shortId(it.blocked_by))), '.'] : null));
-  if (it.status === 'stale') said.push(h('p', null, h('b', null, `It is stale: ${reason(it.reason)}.`), ' What it was doing may be half done.'));
+  if (it.status === 'skipped') said.push(h('p', null, h('b', null, `It never started${because}`), it.blocked_by ? [' The slot was taken by ', h('a', { href: runLink(it.blocked_by) }, h('code', null, shortId(it.blocked_by))), '.'] : null));
+  if (it.status === 'stale') said.push(h('p', null, h('b', null, `It is stale${because}`), ' What it was doing may be half done.'));
   if (pause) said.push(h('p', null, h('b', null, `${pause.name} is paused`), ` by ${pause.paused_by}${pause.reason ? `: ${pause.reason}` : ''}. `, h('a', { href: workflowLink(pause.name) }, 'Resume it there')));
   return said.length ? h('div.why', { class: `s-${it.status}` }, said) : null;
 }

@@ -2,9 +2,9 @@
 
 import { api, whyNot } from './api.js';
 import { h } from './dom.js';
-import { duration, number, secondsBetween, shortId, time } from './format.js';
+import { number, shortId, time } from './format.js';
 import { bulk } from './actions.js';
-import { button, curl, empty, labels, link, runLink, workflowLink } from './parts.js';
+import { button, curl, empty, labels, link, runLink, took, workflowLink } from './parts.js';
 import { FINAL, LIVE, STATUSES, badge, isFinal, reason, shape, word } from './status.js';
 
 const PAGE = 50;
@@ -19,6 +19,7 @@ export function runs(params) {
   let page = { items: [] };
   let counts = {};
   let queues = [];
+  let example = null;
 
   const wanted = () => ({ ...filter, ...(hours ? { since: new Date(Date.now() - hours * 3_600_000).toISOString() } : {}) });
   const go = (change) => (location.hash = link('runs', { ...filter, hours, status, ...change }));
@@ -52,14 +53,15 @@ export function runs(params) {
     return what.filter(Boolean).join(', ');
   };
   const acts = () => {
-    const can = (possible) => possible.some((one) => (!status || status.split(',').includes(one)) && counts[one]);
+    const many = (possible) => possible.reduce((sum, one) => sum + (!status || status.split(',').includes(one) ? (counts[one] ?? 0) : 0), 0);
+    const [over, open] = [many(FINAL), many(LIVE)];
     const act = async (what, possible) => {
       await bulk(what, forBulk(possible), described(possible));
       document.dispatchEvent(new Event('singletrack:changed'));
     };
     return h('div.buttons', null,
-      can(FINAL) && (status || Object.keys(filter).length || hours) ? button('Run again…', () => act('rerun', FINAL), { why: whyNot('enqueue'), name: 'rerun-all' }) : null,
-      can(LIVE) ? button('Cancel…', () => act('cancel', LIVE), { kind: 'danger', why: whyNot('enqueue'), name: 'cancel-all' }) : null);
+      over && (status || Object.keys(filter).length || hours) ? button(`Run ${number(over)} again…`, () => act('rerun', FINAL), { why: whyNot('enqueue'), name: 'rerun-all' }) : null,
+      open ? button(`Cancel ${number(open)}…`, () => act('cancel', LIVE), { kind: 'danger', why: whyNot('enqueue'), name: 'cancel-all' }) : null);
   };
 
   const row = (run) =>
@@ -68,8 +70,8 @@ export function runs(params) {
       h('div.c-name', { role: 'cell' }, h('a.name', { href: workflowLink(run.workflow_id) }, run.workflow_id), labels(run.labels)),
       h('div.c-run', { role: 'cell' }, h('a', { href: runLink(run.id), 'data-open': true, title: run.id }, h('code', null, shortId(run.id)))),
       h('div.c-when', { role: 'cell' }, time(run.created_at)),
-      h('div.c-took', { role: 'cell' }, run.started_at ? (run.finished_at ? duration(secondsBetween(run.started_at, run.finished_at)) : time(run.started_at, 'since')) : h('span.muted', null, '–')),
-      h('div.c-attempt', { role: 'cell' }, run.max_attempts > 1 || run.attempt > 1 ? `${run.attempt} of ${run.max_attempts}` : h('span.muted', null, '1')),
+      h('div.c-took', { role: 'cell' }, took(run) ?? h('span.muted', null, '–')),
+      h('div.c-attempt', { role: 'cell' }, run.attempt === 0 ? h('span.muted', null, '–') : run.max_attempts > 1 ? `${run.attempt} of ${run.max_attempts}` : h('span.muted', null, '1')),
       h('div.c-by', { role: 'cell', title: run.requested_by }, run.requested_by));
 
   return {
@@ -82,6 +84,7 @@ export function runs(params) {
         api.counts(wanted()),
         queues.length ? queues : api.queues().then(({ items }) => items.map((queue) => queue.name)),
       ]);
+      if (!page.items.length) example = (await api.workflows({ limit: 1 })).items[0]?.id ?? null;
     },
     view() {
       const any = Object.values(counts).some(Boolean);
@@ -92,9 +95,14 @@ export function runs(params) {
         tabs(),
         page.items.length
           ? h('div.table.runs', { role: 'table', 'aria-label': 'Runs' }, h('div.tr.th', { role: 'row' }, ['Status', 'Workflow', 'Run', 'Enqueued', 'Took', 'Attempt', 'By'].map((name) => h('div', { role: 'columnheader' }, name))), page.items.map(row))
-          : any || narrow ? h('p.none', null, 'No run is like that. ', h('a', { href: link('runs') }, 'Show all')) : empty('No run yet', h('p', null, 'A run is asked for by its workflow’s name:'), curl('POST', '/api/v1/workflows/hello/runs', {})),
+          : any || narrow ? h('p.none', null, 'No run is like that. ', h('a', { href: link('runs') }, 'Show all')) : teach(example),
         cursor || page.next_cursor ? h('p.more', null, cursor ? h('a.button', { href: link('runs', { ...filter, hours, status }) }, 'Newest') : null, page.next_cursor ? h('a.button', { href: link('runs', { ...filter, hours, status, cursor: page.next_cursor }), 'data-name': 'older' }, 'Older') : null) : null,
       ];
     },
   };
+}
+
+function teach(workflow) {
+  if (!workflow) return empty('No run yet', h('p', null, 'Nor is there a workflow to run. ', h('a', { href: link('') }, 'How to define one')));
+  return empty('No run yet', h('p', null, 'A run is asked for by its workflow’s name:'), curl('POST', `/api/v1/workflows/${encodeURIComponent(workflow)}/runs`, {}));
 }

@@ -3,15 +3,13 @@
 import { may, whyNot } from './api.js';
 import { h } from './dom.js';
 import { age, duration, number, percent, plural, shortId, time } from './format.js';
-import { figures, readResults, readSlots, spark } from './history.js';
-import { cancel, expectation, start } from './actions.js';
+import { figures, readSlots, spark } from './history.js';
+import { cancel, holder, start } from './actions.js';
 import { button, curl, empty, freeBadge, icon, link, meter, pausedBadge, runLink, strip, workflowLink } from './parts.js';
 import { badge, reason, shape } from './status.js';
 
 /** Rows that are drawn at once. */
 const PAGE = 60;
-/** Silence of a worker at which its bar is empty, in seconds: the heartbeat timeout, where nobody set another one. */
-const SILENCE = 60;
 
 const SHOW = {
   all: ['All', () => true],
@@ -34,15 +32,10 @@ export function slots(params, redraw) {
     const rank = (row) => (row.holder ? 0 : row.waiting ? 1 : 2);
     return rows.sort((a, b) => rank(a) - rank(b) || (a.id < b.id ? -1 : 1));
   };
-  const fresh = async () => {
-    await readResults(shown().slice(0, most));
-    redraw();
-  };
   const choose = (change) => {
     change();
     remember();
     redraw();
-    fresh().catch(() => {});
   };
 
   const tools = () =>
@@ -53,9 +46,9 @@ export function slots(params, redraw) {
 
   return {
     title: 'Slots',
+    ages: true,
     async load() {
       known = await readSlots();
-      await readResults(shown().slice(0, most));
     },
     view() {
       if (!known.rows.length) return [h('h1', null, 'Slots'), teach()];
@@ -90,7 +83,7 @@ function slotRow(row, open, redraw) {
     cell('rate', rate === null ? h('span.muted', null, '–') : h('span', { title: `of the last ${judged} that ended by themselves`, class: rate < 0.5 ? 'bad' : '' }, percent(rate))),
     cell('typical', spark(row.results), h('span', null, duration(typical))),
     cell('acts', row.holder
-      ? button(['409', icon('chevron')], toggle, { kind: `quiet disclose${isOpen ? ' open' : ''}`, title: 'What a request would be told now', label: `409: what a request for ${row.id} would be told now`, name: 'explain' })
+      ? button(['Why 409', icon('chevron')], toggle, { kind: `quiet disclose${isOpen ? ' open' : ''}`, title: 'Who has it, and what a request would be told now', label: `Why 409: who has ${row.id}, and what a request would be told now`, name: 'explain' })
       : button('Run now', () => start(row.id), { why: whyNot('enqueue'), label: `Run now: ${row.id}`, name: 'run' })));
 }
 
@@ -107,19 +100,17 @@ function slot(row, typical) {
 }
 
 /** How fresh the lease is: full when its worker has just said that it lives. */
-function lease({ heartbeat_age_seconds: silence }) {
+function lease({ heartbeat_age_seconds: silence, heartbeat_timeout_seconds: patience }) {
   if (typeof silence !== 'number') return null;
-  return meter(1 - silence / SILENCE, `last heartbeat ${duration(silence)} ago`, silence > SILENCE / 2 ? 'lease over' : 'lease');
+  return meter(1 - silence / patience, `last heartbeat ${duration(silence)} ago; stale after ${duration(patience)}`, silence > patience / 2 ? 'lease over' : 'lease');
 }
 
 /** What a request would be told now, and what one can do about it. */
 function answer(row) {
   const run = row.holder;
-  const { typical } = figures(row.results);
-  const end = run.expected_end_at ?? (typical && run.started_at ? new Date(Date.parse(run.started_at) + typical * 1000).toISOString() : null);
   return h('div.would', { key: `${row.id}?`, role: 'row' }, h('div', { role: 'cell' },
     h('p', null, 'A request now is answered ', h('code', null, '409 slot-taken'), ' with ', h('code', null, `"run_id": "${run.id}"`), ', unless it asks to wait.'),
-    h('p.muted', null, badge(run.status), ' requested by ', h('b', null, run.requested_by), ' ', time(run.created_at), run.worker ? [' · on ', h('b', null, run.worker)] : null, run.attempt > 1 ? ` · attempt ${run.attempt} of ${run.max_attempts}` : null, end ? [' · ', expectation(end)] : null),
+    holder({ run_id: run.id, holder: run }),
     h('div.buttons', null,
       h('a.button.primary', { href: runLink(run.id) }, `Open ${shortId(run.id)}`),
       button('Wait in line', () => start(row.id, { on_conflict: 'wait' }), { why: whyNot('enqueue'), name: 'wait' }),

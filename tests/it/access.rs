@@ -350,7 +350,9 @@ async fn the_command_line_makes_lists_and_revokes_keys_and_nothing_but_the_makin
     }
     let printed = singletrack(&["serve", "--print-config"]).env("SINGLETRACK_API_KEY", &token).output().unwrap();
     assert!(!text(&printed.stdout).contains(secret));
-    assert!(keys(&test, &["revoke", id_of(&token)]).status.success());
+    let revoked = keys(&test, &["revoke", id_of(&token), "--json"]);
+    let document: Value = serde_json::from_slice(&revoked.stdout).unwrap();
+    assert_eq!(document, json!({"id": id_of(&token), "revoked": true}));
     assert!(text(&keys(&test, &["ls"]).stdout).contains("revoked"));
     for (arguments, code, says) in [
         (&["create", "x"][..], 2, "--scope"),

@@ -72,6 +72,7 @@ const TABLE: &[(&str, Option<Scope>, About)] = &[
     ("post /api/v1/keys", Some(Admin), All),
     ("delete /api/v1/keys/{id}", Some(Admin), All),
     ("get /api/v1/audit", Some(Admin), All),
+    ("get /api/v1/system", Some(Admin), All),
 ];
 
 /// Every operation of the document, with the scope that it names.

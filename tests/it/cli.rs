@@ -13,7 +13,7 @@ use crate::support::access::key;
 use crate::support::database::TestDb;
 use crate::support::process::{Process, SHORT_LEASE, singletrack};
 use crate::support::replica::Replica;
-use crate::support::{plant, skipped};
+use crate::support::{eventually, plant, skipped};
 
 /// `singletrack` with these arguments, for the service at `url`.
 fn command(url: &str, arguments: &[&str]) -> Command {
@@ -122,8 +122,11 @@ async fn json_is_what_the_api_says_and_nothing_else() {
     assert_eq!(again["rerun_of"], id);
     replica.client.finished(again["id"].as_str().unwrap().parse().unwrap()).await;
     assert!(ended(&run(url, &["workflows", "rm", "w"]).await, 64).1.contains("--yes"));
-    ended(&run(url, &["workflows", "rm", "w", "--yes"]).await, 0);
+    let removed = run(url, &["workflows", "rm", "w", "--yes", "--json"]).await;
+    assert_eq!(json(&removed, 0), json!({"id": "w", "deleted": true}));
     assert_eq!(json(&run(url, &["workflows", "ls", "--json"]).await, 0), json!({"items": []}));
+    let migrated = command(url, &["migrate", "--json"]).env("DATABASE_URL", &test.url).output().await.unwrap();
+    assert_eq!(json(&migrated, 0), json!({"applied": 0}));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -141,16 +144,83 @@ async fn tables_are_aligned_and_have_no_colours_in_a_pipe() {
     assert_eq!(at(lines[0], "STATUS"), at(lines[2], "failed"));
     assert!(!lines.concat().contains('\x1b'));
 
-    if !std::path::Path::new("/usr/bin/script").exists() {
-        return skipped("there is no `script`, which makes a terminal");
-    }
-    let shown = format!("{} runs ls", env!("CARGO_BIN_EXE_singletrack"));
     for (name, value, colours) in [("TERM", "xterm", true), ("NO_COLOR", "1", false)] {
-        let mut terminal = Command::new("script");
-        terminal.args(["-qec", &shown, "/dev/null"]).env_clear().env("PATH", "/usr/bin:/bin").env("TERM", "xterm");
-        let shown = terminal.env("SINGLETRACK_URL", url).env(name, value).stdin(Stdio::null()).output().await.unwrap();
+        let Some(mut terminal) = terminal(url, "runs ls") else { return };
+        let shown = terminal.env(name, value).output().await.unwrap();
         assert_eq!(text(&shown.stdout).contains("\x1b[31mfailed"), colours, "{shown:?}");
     }
+}
+
+/// `singletrack` with these arguments, on a terminal; `None`, said loudly, where none can be made.
+fn terminal(url: &str, arguments: &str) -> Option<Command> {
+    if !std::path::Path::new("/usr/bin/script").exists() {
+        skipped("there is no `script`, which makes a terminal");
+        return None;
+    }
+    let mut terminal = Command::new("script");
+    let shown = format!("{} {arguments}", env!("CARGO_BIN_EXE_singletrack"));
+    terminal.args(["-qec", &shown, "/dev/null"]).env_clear().env("PATH", "/usr/bin:/bin").env("TERM", "xterm");
+    terminal.env("SINGLETRACK_URL", url).stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+    Some(terminal)
+}
+
+/// Reads what is printed until there is `wanted` in it.
+async fn printed(out: &mut (impl tokio::io::AsyncRead + Unpin), wanted: &str) {
+    let (mut said, mut piece) = (Vec::new(), [0; 1024]);
+    let reading = async {
+        while !String::from_utf8_lossy(&said).contains(wanted) {
+            let read = out.read(&mut piece).await.unwrap();
+            assert!(read > 0, "it ended without {wanted}: {}", String::from_utf8_lossy(&said));
+            said.extend_from_slice(&piece[..read]);
+        }
+    };
+    let in_time = tokio::time::timeout(Duration::from_secs(15), reading).await;
+    assert!(in_time.is_ok(), "no {wanted} in {}", String::from_utf8_lossy(&said));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_a_terminal_who_waits_sees_how_far_it_is_and_who_follows_why_nothing_is_printed() {
+    let test = TestDb::new().await;
+    let replica = Replica::start(&test).await;
+    let url = replica.client.base.as_str();
+    let gate = tempfile::tempdir().unwrap();
+    let open = gate.path().join("open");
+    replica.client.define("w", &format!("while [ ! -e {} ]; do sleep 0.05; done; echo done", open.display())).await;
+    let Some(mut waits) = terminal(url, "run w --wait") else { return };
+    let mut waits = waits.spawn().unwrap();
+    let out = waits.stdout.as_mut().unwrap();
+    printed(out, "running for").await;
+    let mut follows = terminal(url, "run w --on-conflict wait --follow").unwrap().spawn().unwrap();
+    let follower = follows.stdout.as_mut().unwrap();
+    printed(follower, "waiting for").await;
+    std::fs::write(&open, "").unwrap();
+    printed(out, "succeeded").await;
+    printed(follower, "done").await;
+    assert!(follows.wait().await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_says_who_was_refused_because_of_it_and_a_workflow_when_it_runs_next() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let url = replica.client.base.as_str();
+    let id = plant::run(&test, "w", Status::Queued).await.run_id.to_string();
+    let path = "/api/v1/workflows/w/runs";
+    let refused = replica.client.request(reqwest::Method::POST, path).header("Singletrack-Actor", "alice");
+    assert_eq!(refused.json(&json!({})).send().await.unwrap().status(), 409);
+    eventually("it is written down", Duration::from_secs(15), async || {
+        let shown = run(url, &["runs", "show", &id]).await;
+        let rows = ended(&shown, 0).0.split("REFUSED").nth(1).map(str::to_owned)?;
+        let words: Vec<_> = rows.lines().nth(1).unwrap().split_whitespace().map(str::to_owned).collect();
+        assert_eq!(words[..2], ["alice", "1"], "{shown:?}");
+        Some(())
+    })
+    .await;
+    let definition = json!({"executor": {"type": "pull"}, "schedule": {"cron": "0 3 * * *"}});
+    assert_eq!(replica.client.put("/api/v1/workflows/nightly", definition).await.status, 201);
+    let shown = run(url, &["workflows", "show", "nightly"]).await;
+    let next = ended(&shown, 0).0.lines().find_map(|line| line.strip_prefix("Next")).unwrap();
+    assert_eq!(next.split(',').count(), 3, "{next}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -246,17 +316,27 @@ async fn events_are_told_until_nobody_reads_them() {
     let test = TestDb::new().await;
     let replica = Replica::api_only(&test).await;
     plant::workflow(&test.sql, "w", &["true"]).await;
-    let mut tells = command(&replica.client.base, &["events", "--definition", "w"]).spawn().unwrap();
-    let mut lines = BufReader::new(tells.stdout.take().unwrap()).lines();
     let mut number = 0;
-    // It listens at some moment: until then nothing is told.
-    let line = loop {
-        number += 1;
-        assert_eq!(replica.client.enqueue(&format!("w@{number}")).await.status, 202);
-        if let Ok(line) = tokio::time::timeout(Duration::from_millis(300), lines.next_line()).await {
-            break line.unwrap().unwrap();
+    let mut first = async |more: &[&str]| {
+        let arguments = [&["events", "--definition", "w"], more].concat();
+        let mut tells = command(&replica.client.base, &arguments).spawn().unwrap();
+        let mut lines = BufReader::new(tells.stdout.take().unwrap()).lines();
+        // It listens at some moment: until then nothing is told.
+        loop {
+            number += 1;
+            assert_eq!(replica.client.enqueue(&format!("w@{number}")).await.status, 202);
+            if let Ok(line) = tokio::time::timeout(Duration::from_millis(300), lines.next_line()).await {
+                return (tells, lines, line.unwrap().unwrap());
+            }
         }
     };
+    let (_, _, line) = first(&["--json"]).await;
+    let event: Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(
+        (&event["to"], &event["actor"], event["run_id"].is_string()),
+        (&json!("queued"), &json!("127.0.0.1"), true)
+    );
+    let (mut tells, lines, line) = first(&[]).await;
     assert!(line.contains("  w@") && line.contains("  queued  by 127.0.0.1"), "{line}");
     drop(lines);
     // Each line that nobody reads may be the one that it notices by.

@@ -5,10 +5,11 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use serde_json::json;
+use singletrack::domain::Status;
 
 use crate::support::database::TestDb;
 use crate::support::replica::Replica;
-use crate::support::{eventually, skipped};
+use crate::support::{eventually, plant, skipped};
 
 /// Runs promtool over `input`; what it has to say, nothing if all is well.
 fn promtool(arguments: &[&str], input: &str) -> Option<String> {
@@ -75,6 +76,67 @@ async fn what_was_done_can_be_read_as_promtool_wants_it() {
     replica.finish().await;
     if let Some(said) = promtool(&["check", "metrics"], &text) {
         assert_eq!(said, "");
+    }
+}
+
+async fn text(replica: &Replica) -> String {
+    reqwest::get(format!("{}/metrics", replica.client.base)).await.unwrap().text().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_alerts_look_at_is_there_before_it_happens() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let text = text(&replica).await;
+    let ended = Status::ALL.into_iter().filter(|status| status.is_final());
+    let ended = ended.map(|status| format!("runs_ended_total{{status=\"{}\"}}", status.as_str()));
+    let others = [
+        r#"reaped_total{cause="worker_lost"}"#,
+        r#"reaped_total{cause="unkillable"}"#,
+        r#"promoted_total{kind="stranded"}"#,
+        r#"enqueues_total{answer="unavailable"}"#,
+        r#"enqueues_total{answer="unknown"}"#,
+        concat!(r#"build_info{version=""#, env!("CARGO_PKG_VERSION"), r#""}"#),
+    ];
+    for series in ended.chain(others.map(str::to_owned)) {
+        assert!(value(&text, &format!("singletrack_{series}")).is_some(), "{series} in {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn runs_that_end_before_they_start_are_counted_too() {
+    let test = TestDb::new().await;
+    let replica = Replica::api_only(&test).await;
+    let client = &replica.client;
+    let ended = async |status: &str| {
+        value(&text(&replica).await, &format!("singletrack_runs_ended_total{{status=\"{status}\"}}")).unwrap()
+    };
+    let before = [ended("cancelled").await, ended("skipped").await];
+    let queued = plant::run(&test, "w", Status::Queued).await.run_id;
+    let path = "/api/v1/workflows/w/runs";
+    let later = client.post(path, json!({"on_conflict": "reject", "delay_seconds": 600})).await.run_id();
+    sqlx::query("update test_runs set run_at = now(), version = version + 1 where status = 'scheduled'")
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(client.finished(later).await["status"], "skipped");
+    assert_eq!(client.post(&format!("/api/v1/runs/{queued}/cancel"), json!({})).await.body["status"], "cancelled");
+    let expired = plant::run(&test, "x", Status::Queued).await.run_id;
+    sqlx::query("update test_runs set available_at = now() - interval '1 day', version = version + 1 where id = $1")
+        .bind(expired)
+        .execute(&test.sql)
+        .await
+        .unwrap();
+    assert_eq!(client.finished(expired).await["status"], "skipped");
+    assert!(ended("cancelled").await >= before[0] + 1.0);
+    assert!(ended("skipped").await >= before[1] + 2.0);
+}
+
+#[test]
+fn alerts_see_the_first_incident_and_are_silent_without_one() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/alerts.yaml");
+    if let Some(said) = promtool(&["test", "rules", path], "") {
+        assert!(said.contains("SUCCESS") && !said.starts_with("failed"), "{said}");
     }
 }
 

@@ -9,7 +9,9 @@ use clap::{Args as _, CommandFactory as _};
 use singletrack::cli::Cli;
 use singletrack::config::Settings;
 
+use crate::support::database::TestDb;
 use crate::support::process::singletrack;
+use crate::support::replica::{Replica, short_lease};
 
 /// What depends on the machine, so that no default can be written down.
 const OF_THE_MACHINE: &str = "SINGLETRACK_WORKERS";
@@ -225,4 +227,33 @@ fn a_flag_wins_over_its_variable_and_an_empty_variable_is_none() {
     assert_eq!(value(&text, "DATABASE_URL"), "", "dev has a Postgres of its own");
     let text = printed(&["dev", "--database-url", "postgres://h/flag"], &environment);
     assert_eq!(value(&text, "DATABASE_URL"), "postgres://h/flag");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_tells_the_settings_in_force_without_their_secrets_and_what_database_it_has() {
+    let test = TestDb::new().await;
+    let proxy = Some("http://user:secret@proxy.internal:3128".to_owned());
+    let replica =
+        Replica::with(&test, Settings { http_proxy: proxy, pool_size: Some("7".into()), ..short_lease() }).await;
+    let system = replica.client.get("/api/v1/system").await;
+    assert_eq!(system.status, 200, "{system:?}");
+    let settings = system.body["settings"].as_object().unwrap();
+    assert_eq!(settings.keys().cloned().collect::<Vec<_>>(), {
+        let mut names = variables();
+        names.sort();
+        names
+    });
+    assert_eq!(settings["SINGLETRACK_HTTP_PROXY"], "http://user:***@proxy.internal:3128/");
+    assert!(!system.body.to_string().contains("secret"), "{system:?}");
+    assert_eq!(system.body["version"], env!("CARGO_PKG_VERSION"));
+    let (version, name): (String, String) =
+        sqlx::query_as("select current_setting('server_version'), current_database()::text")
+            .fetch_one(&test.sql)
+            .await
+            .unwrap();
+    let database = &system.body["database"];
+    assert_eq!((&database["server_version"], &database["name"]), (&version.into(), &name.into()));
+    assert!(database["size_bytes"].as_i64() > Some(1 << 20), "{database}");
+    let pool = &system.body["pools"][0];
+    assert_eq!((&pool["name"], &pool["max"]), (&"main".into(), &7.into()));
 }

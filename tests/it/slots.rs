@@ -46,6 +46,20 @@ async fn every_slot_says_who_has_it_who_waits_and_how_the_last_runs_went() {
         busy["results"].as_array().unwrap().iter().map(|run| run["status"].as_str().unwrap()).collect();
     assert_eq!(results, ["cancelled", "failed", "succeeded", "succeeded", "succeeded"], "newest first");
     assert!(busy["p50_seconds"].as_f64().is_some());
+    assert_eq!(busy["holder"]["heartbeat_timeout_seconds"], 60);
+
+    for (id, slots) in [("busy@a", &seen[..1]), ("free", &seen[1..]), ("unknown", &[])] {
+        let only = client.get(&format!("/api/v1/slots?workflow_id={id}")).await;
+        let ids = |slots: &[Value]| slots.iter().map(|slot| slot["workflow_id"].clone()).collect::<Vec<_>>();
+        assert_eq!(ids(only.body["items"].as_array().unwrap()), ids(slots), "{only:?}");
+    }
+    let instance = &client.get("/api/v1/slots?workflow_id=free@new").await.body["items"];
+    assert_eq!(
+        (&instance[0]["workflow_id"], &instance[0]["holder"]),
+        (&json!("free@new"), &Value::Null),
+        "it never ran"
+    );
+    assert_eq!(client.get("/api/v1/slots?workflow_id=a%20b").await.mistakes(), ["parameter workflow_id"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -36,7 +36,17 @@ impl Browser {
         let http = reqwest::Client::builder().no_proxy().build().unwrap();
         let mut browser = Self { driver, port: port.expect("chromedriver starts"), session: String::new(), http };
         // Its own sandbox needs an account other than root; what is shown here is our own.
-        let args = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"];
+        // Nor is it to speak with anybody else.
+        let args = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--hide-scrollbars",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+        ];
         let wanted = json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": args}}}});
         let made = browser.call("", wanted).await;
         browser.session = made["sessionId"].as_str().unwrap().to_owned();
@@ -91,6 +101,24 @@ impl Browser {
     pub async fn click(&self, selector: &str) {
         let found = format!("document.querySelector({})", json!(selector));
         self.until(&format!("{found} && !{found}.disabled && ({found}.click(), true)")).await;
+    }
+
+    /// Presses keys, one after the other.
+    pub async fn press(&self, keys: &str) {
+        let each = |key: char| [json!({"type": "keyDown", "value": key}), json!({"type": "keyUp", "value": key})];
+        let actions: Vec<Value> = keys.chars().flat_map(each).collect();
+        self.call("/actions", json!({"actions": [{"type": "key", "id": "keyboard", "actions": actions}]})).await;
+    }
+
+    /// Writes `text` into the first field that matches, as soon as there is one.
+    pub async fn fill(&self, selector: &str, text: &str) {
+        let found = format!("document.querySelector({})", json!(selector));
+        self.until(&found).await;
+        self.run(&format!(
+            "const field = {found}; field.value = {}; field.dispatchEvent(new Event('input'))",
+            json!(text)
+        ))
+        .await;
     }
 
     /// Writes what is in sight into a file.

@@ -3,14 +3,18 @@
 mod accessible;
 mod browser;
 mod pictures;
+mod using;
 
 use std::time::Duration;
 
 use serde_json::json;
+use singletrack::config::Settings;
+use singletrack::domain::Status;
 
 use self::browser::Browser;
 use crate::support::database::TestDb;
-use crate::support::replica::Replica;
+use crate::support::plant;
+use crate::support::replica::{Replica, short_lease};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_is_started_watched_and_cancelled_and_a_conflict_is_explained() {
@@ -90,15 +94,25 @@ async fn a_log_of_fifty_thousand_lines_does_not_freeze_the_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_that_is_away_is_shown_as_that_and_what_was_read_stays() {
+async fn a_server_that_is_away_is_shown_as_that_until_it_is_back_and_what_was_read_stays() {
     let test = TestDb::new().await;
     let replica = Replica::start(&test).await;
     replica.client.define("deploy", "true").await;
     let Some(page) = Browser::open(&replica.client.base).await else { return };
     page.until("document.querySelector('[data-key=deploy]')").await;
+    let base = replica.client.base.clone();
     replica.finish().await;
     page.sees("The server does not answer.").await;
     assert_eq!(page.run("return document.querySelector('[data-key=deploy]') !== null").await, true);
+    page.click("[data-key=deploy] [data-name=run]").await;
+    page.sees("It is not known whether deploy was started").await;
+    page.click("dialog .button").await;
+    // Changed meanwhile, and seen without anybody reloading the page.
+    plant::run(&test, "deploy", Status::Running).await;
+    let listen = Some(base.strip_prefix("http://").unwrap().to_owned());
+    let _back = Replica::with(&test, Settings { listen, workers: Some("0".into()), ..short_lease() }).await;
+    page.until("document.querySelector('[data-key=deploy] .s-running') && !document.querySelector('#banner p')").await;
+    page.until("document.querySelector('.liveness.live')").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,14 +130,12 @@ async fn where_keys_are_asked_for_one_signs_in_and_may_what_the_key_may() {
     .unwrap();
     let Some(page) = Browser::open(&replica.client.base).await else { return };
     page.sees("This service asks for a key.").await;
-    let enter = |key: &str| {
-        format!(
-            "const field = document.querySelector('dialog input'); field.value = '{key}'; field.dispatchEvent(new Event('input')); \
-             document.querySelector('dialog .primary').click()"
-        )
-    };
-    page.run(&enter("st_nonsense")).await;
-    page.sees("unknown").await;
-    page.run(&enter(&token)).await;
+    for (key, seen) in [("st_nonsense", "unknown"), (&token, "Run now")] {
+        page.fill("dialog input", key).await;
+        page.click("dialog .primary").await;
+        page.sees(seen).await;
+    }
     page.until("document.querySelector('[data-key=deploy] [data-name=run]')?.disabled").await;
+    page.go("#/system").await;
+    page.sees("does not have the scope admin").await;
 }

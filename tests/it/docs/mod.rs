@@ -131,12 +131,9 @@ fn blocks_that_are_not_run_say_why_and_are_few() {
     }
 }
 
-/// Pages whose commands are still indented, which no test runs.
-const INDENTED: [&str; 3] = ["docs/doctor.md", "docs/operations.md", "docs/performance.md"];
-
 #[test]
 fn commands_are_in_fenced_blocks_where_they_are_run() {
-    for page in pages().iter().filter(|page| !INDENTED.contains(&page.name.as_str())) {
+    for page in pages() {
         let mut before = "";
         for line in page.prose() {
             assert!(!(line.starts_with("    ") && before.is_empty()), "{}: not in a fenced block: {line}", page.name);
