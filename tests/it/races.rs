@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::json;
-use singletrack::domain::{Run, Status, Verdict};
+use singletrack::domain::{OnConflict, Run, Status, Verdict};
 use singletrack::store::claim::Claimed;
 use singletrack::store::enqueue::{Enqueued, Request, enqueue};
 use singletrack::store::settle::Settled;
@@ -156,6 +156,29 @@ async fn enqueues_that_race_the_end_of_the_holder_are_always_decided() {
     assert!(named.is_subset(&there), "a refusal named a run that never was");
     assert!(there.len() > 10 && !named.is_empty(), "there was no race: {} runs, {} named", there.len(), named.len());
     test.check().await;
+}
+
+#[tokio::test]
+async fn who_always_comes_too_late_to_see_the_holder_is_told_of_the_one_that_had_the_slot() {
+    let test = TestDb::new().await;
+    plant::workflow(&test.sql, "w", &["true"]).await;
+    let holder = accepted(&test.db, "w").await;
+    // As if the slot were free again whenever its holder is looked for.
+    sqlx::query(
+        "do $$ begin
+            execute format('create or replace view slot_holders as select * from (%s) h where false',
+                           rtrim(pg_get_viewdef('slot_holders'::regclass), ';'));
+         end $$",
+    )
+    .execute(&test.sql)
+    .await
+    .unwrap();
+    assert_eq!(holder_of(send(&test.db, &request("w"), false).await.unwrap()), holder.id);
+    let joining = Request { on_conflict: Some(OnConflict::ReturnExisting), ..request("w") };
+    match send(&test.db, &joining, false).await.unwrap() {
+        Enqueued::Existing(run) => assert_eq!(run.id, holder.id),
+        other => panic!("not joined: {other:?}"),
+    }
 }
 
 #[tokio::test]

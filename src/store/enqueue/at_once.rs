@@ -38,7 +38,8 @@ struct Row {
     timeout_seconds: Option<i32>,
     heartbeat_timeout_seconds: Option<i32>,
     paused: bool,
-    taken: bool,
+    /// Who had the slot when the statement began.
+    holder: Option<Uuid>,
     #[expect(dead_code, reason = "notifying is an effect of reading it")]
     told: Option<String>,
 }
@@ -83,12 +84,14 @@ impl Row {
     }
 }
 
-/// Looks at all of `requests` once, waiting no longer than `patience` for each lock.
+/// Looks at all of `requests` once, waiting no longer than `patience` for each lock. Who finds a slot taken that is free a moment later
+/// looks again; unless this `is_last`: then the run that had it is the answer, over as it is.
 pub(super) async fn attempt(
     connection: &mut PgConnection,
     requests: &[&Request],
     repeated: bool,
     patience: &str,
+    is_last: bool,
 ) -> sqlx::Result<Vec<Found>> {
     // The same requests, sent before.
     let mut there = match repeated {
@@ -114,14 +117,22 @@ pub(super) async fn attempt(
     .await?;
     let by_id: HashMap<Uuid, &Request> = requests.iter().map(|request| (request.id, *request)).collect();
     let refused = |row: &Row| {
-        row.taken && !row.paused && matches!(row.policy, Some(OnConflict::Reject | OnConflict::ReturnExisting))
+        row.holder.is_some()
+            && !row.paused
+            && matches!(row.policy, Some(OnConflict::Reject | OnConflict::ReturnExisting))
     };
     let slots: Vec<String> = rows
         .iter()
         .filter(|row| refused(row) && !there.contains_key(&row.id))
         .filter_map(|row| Some(by_id.get(&row.id)?.workflow_id.to_string()))
         .collect();
-    let holders = slot_holders(connection, &slots).await.map_err(after_a_commit)?;
+    let mut holders = slot_holders(connection, &slots).await.map_err(after_a_commit)?;
+    if is_last {
+        let had: Vec<Uuid> = rows.iter().filter(|row| refused(row)).filter_map(|row| row.holder).collect();
+        for run in read(connection, &had).await.map_err(after_a_commit)?.into_values() {
+            holders.entry(run.workflow_id.clone()).or_insert_with(|| run.into());
+        }
+    }
     let joined = rows.iter().filter(|row| row.policy == Some(OnConflict::ReturnExisting));
     let joined = joined.filter_map(|row| Some(holders.get(by_id.get(&row.id)?.workflow_id.as_str())?.run_id));
     let existing = read(connection, &joined.collect::<Vec<_>>()).await.map_err(after_a_commit)?;

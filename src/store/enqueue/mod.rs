@@ -17,7 +17,7 @@ use self::at_once::{Found, attempt};
 use super::{LOCK_TIMEOUT, pauses, runs, set_lock_timeout};
 use crate::domain::{Holder, OnConflict, Pause, Run, TraceContext, WorkflowId};
 
-/// How often a refusal that could not name a holder is looked at again before the caller is told to come back.
+/// How often a slot is looked at that is taken, and free when its holder is looked for.
 const LOOKS: usize = 8;
 
 /// Requests that are looked at closely by one statement: each counts who waits.
@@ -175,7 +175,7 @@ pub(super) async fn enqueue_within(
             break;
         }
         let batch: Vec<&Request> = open.iter().map(|&index| requests[index]).collect();
-        let found = attempt(connection, &batch, repeated || look > 0, patience).await?;
+        let found = attempt(connection, &batch, repeated || look > 0, patience, look + 1 == LOOKS).await?;
         let mut undecided = Vec::new();
         for (index, found) in open.into_iter().zip(found) {
             let workflow_id = &requests[index].workflow_id;

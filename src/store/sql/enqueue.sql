@@ -6,7 +6,7 @@ with entry as materialized (
              with ordinality
              as e (id, workflow_id, input, priority, labels, requested_by, max_attempts, on_conflict, traceparent, position)
 ),
--- The definition: of the id itself, else of what stands before its @. And whether the slot is taken: reading comes before writing, so
+-- The definition: of the id itself, else of what stands before its @. And who has the slot, if anybody: reading comes before writing, so
 -- that a refusal writes nothing, and takes no transaction id.
 -- Each is looked up entry by entry, by an index: whatever the planner thinks that there is in the tables.
 known as materialized (
@@ -17,8 +17,7 @@ known as materialized (
            coalesce(e.max_attempts, v.max_attempts) as effective_max_attempts,
            coalesce(e.on_conflict, v.on_conflict) as policy,
            exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, v.workflow_id)) as paused,
-           -- not as `exists`, for which the planner may read all slots at once
-           (select true from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running') limit 1) is true as taken
+           (select r.id from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running') limit 1) as holder
     from entry e
     left join lateral (select id, revision from workflows where id = e.workflow_id and deleted_at is null limit 1) own on true
     left join lateral (
@@ -37,7 +36,7 @@ inserted as (
     select id, workflow_id, definition, revision, 'queued', executor_type, queue, effective_priority, all_labels, input,
            policy, now(), timeout_seconds, heartbeat_timeout_seconds, requested_by, effective_max_attempts, traceparent, 1
     from known k
-    where revision is not null and not paused and not taken
+    where revision is not null and not paused and holder is null
     order by workflow_id, position -- two batches that lock in different orders deadlock; of several for one slot the first has it
     on conflict do nothing -- whatever index it is: REINDEX CONCURRENTLY brings one of another name
     returning *
@@ -51,7 +50,7 @@ recorded as (
 select id as "id!", true as "inserted!", definition, revision, executor_type, queue, priority,
        labels as "labels?: Json<BTreeMap<String, String>>", input as "input?: Json<Box<RawValue>>",
        on_conflict as "policy?: OnConflict", max_attempts, created_at, timeout_seconds, heartbeat_timeout_seconds,
-       false as "paused!", false as "taken!",
+       false as "paused!", null::uuid as "holder?",
        -- One hint per statement and kind of worker, not per run: commits that notify are made one after the other.
        concat((select pg_notify('singletrack_queued', 'worker ' || coalesce(current_setting('singletrack.replica', true), ''))::text
                from inserted where executor_type <> 'pull' limit 1),
@@ -59,6 +58,6 @@ select id as "id!", true as "inserted!", definition, revision, executor_type, qu
                from inserted where executor_type = 'pull' limit 1)) as told
 from inserted
 union all
-select id, false, definition, revision, null, null, null, null, null, policy, null, null, null, null, paused, taken, null
+select id, false, definition, revision, null, null, null, null, null, policy, null, null, null, null, paused, holder, null
 from known
-where revision is null or paused or taken
+where revision is null or paused or holder is not null
