@@ -47,7 +47,10 @@ impl Browser {
             "--disable-component-update",
             "--disable-sync",
         ];
-        let wanted = json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": args}}}});
+        // A check of a long page takes its time where the machine does other things too: half a minute is a driver's own patience.
+        let patience = json!({"script": 180_000});
+        let wanted =
+            json!({"capabilities": {"alwaysMatch": {"goog:chromeOptions": {"args": args}, "timeouts": patience}}});
         let made = browser.call("", wanted).await;
         browser.session = made["sessionId"].as_str().unwrap().to_owned();
         browser.resize(1280, 900).await;
