@@ -301,18 +301,18 @@ pub fn probes_router(api: Api) -> Router {
 fn finish(routes: OpenApiRouter<Api>, api: Api, pages: Router) -> Router {
     let (router, document) = routes.split_for_parts();
     let gate = auth::Gate::new(api.clone(), &document);
-    let router = router
-        .fallback(problem::no_such_route)
-        .method_not_allowed_fallback(problem::no_such_method)
-        .layer(middleware::from_fn_with_state(gate, auth::admit))
-        .layer(DefaultBodyLimit::max(BODY_LIMIT));
+    let router = router.fallback(problem::no_such_route).method_not_allowed_fallback(problem::no_such_method).layer(
+        ServiceBuilder::new()
+            .layer(DefaultBodyLimit::max(BODY_LIMIT))
+            .layer(middleware::from_fn_with_state(gate, auth::admit)),
+    );
     surround(router.with_state(api).merge(pages.method_not_allowed_fallback(problem::no_such_method)))
 }
 
-/// What holds of every answer, whoever gives it.
+/// What holds of every answer, whoever gives it. As one layer: what is laid around a router by itself costs each request some copies.
 fn surround<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
     let request_id = HeaderName::from_static("x-request-id");
-    router.layer(CatchPanicLayer::custom(problem::of_panic)).layer(middleware::from_fn(metrics::measure)).layer(
+    router.layer(
         ServiceBuilder::new()
             .map_request(without_strange_id)
             .set_request_id(request_id.clone(), MakeRequestUuid)
@@ -321,7 +321,9 @@ fn surround<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
             .layer(unless_set(header::X_CONTENT_TYPE_OPTIONS, "nosniff"))
             .layer(unless_set(header::REFERRER_POLICY, "no-referrer"))
             .layer(unless_set(HeaderName::from_static("cross-origin-resource-policy"), "same-origin"))
-            .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'")),
+            .layer(unless_set(header::CONTENT_SECURITY_POLICY, "default-src 'none'; frame-ancestors 'none'"))
+            .layer(middleware::from_fn(metrics::measure))
+            .layer(CatchPanicLayer::custom(problem::of_panic)),
     )
 }
 

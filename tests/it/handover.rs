@@ -273,7 +273,7 @@ async fn a_hold_is_no_overdue_lease_and_one_that_nobody_ended_is() {
     let lease = taken_over(&test, "w").await;
     // A limit of less than nothing stands for a server that has been up for an hour.
     sqlx::raw_sql(
-        "alter table test_runs drop constraint test_runs_limits_positive;
+        "alter table test_runs drop constraint test_runs_sound;
          update test_runs set heartbeat_timeout_seconds = -3600, version = version + 1",
     )
     .execute(&test.sql)

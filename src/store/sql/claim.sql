@@ -52,7 +52,9 @@ claimed as (
     from numbered n
     -- By its place, for it is locked: the planner can't take another way. One that was changed meanwhile is left for the next claim.
     where r.ctid = n.tid and r.id is not distinct from n.id and r.status = n.status
-    returning r.*
+    returning r.id, r.workflow_id, r.definition, r.revision, r.executor_type, r.queue, r.priority, r.labels, r.input, r.on_conflict, r.attempt,
+              r.max_attempts, r.fence, r.lease_secret, r.worker, r.created_at, r.run_at, r.available_at, r.started_at, r.timeout_seconds,
+              r.heartbeat_timeout_seconds, r.tick_at, r.rerun_of, r.requested_by, r.traceparent
 ),
 -- There the lease begins now all the same, or its silence would be noticed late. Not one that its worker has yet to
 -- confirm: a row is the confirmation.

@@ -16,7 +16,9 @@ known as materialized (
            v.labels || e.labels as all_labels,
            coalesce(e.max_attempts, v.max_attempts) as effective_max_attempts,
            coalesce(e.on_conflict, v.on_conflict) as policy,
-           exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, v.workflow_id)) as paused,
+           -- looked for once where nothing is paused, and not for each
+           exists (select from pauses)
+               and exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, v.workflow_id)) as paused,
            (select r.id from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running') limit 1) as holder
     from entry e
     left join lateral (select id, revision from workflows where id = e.workflow_id and deleted_at is null limit 1) own on true
@@ -24,7 +26,7 @@ known as materialized (
         select id, revision from workflows where own.id is null and id = split_part(e.workflow_id, '@', 1) and deleted_at is null limit 1
     ) base on true
     left join lateral (
-        select *
+        select workflow_id, revision, executor_type, queue, priority, labels, max_attempts, on_conflict, timeout_seconds, heartbeat_timeout_seconds
         from workflow_revisions
         where workflow_id = coalesce(own.id, base.id) and revision = coalesce(own.revision, base.revision)
         limit 1
@@ -39,7 +41,8 @@ inserted as (
     where revision is not null and not paused and holder is null
     order by workflow_id, position -- two batches that lock in different orders deadlock; of several for one slot the first has it
     on conflict do nothing -- whatever index it is: REINDEX CONCURRENTLY brings one of another name
-    returning *
+    returning id, definition, revision, status, attempt, fence, executor_type, queue, priority, labels, input, on_conflict, max_attempts, created_at,
+              timeout_seconds, heartbeat_timeout_seconds, requested_by
 ),
 recorded as (
     insert into run_events (run_id, from_status, to_status, attempt, fence, actor)

@@ -15,33 +15,37 @@ held as materialized (
            r.executor_type = 'pull' and g.said in ('failed', 'cancelled')
                and r.started_at + make_interval(secs => r.timeout_seconds) < now() as too_late
     from given g
-    left join lateral (select ctid as tid, * from test_runs where id = g.run_id limit 1 for update skip locked) r on true
+    left join lateral (
+        select ctid as tid, status, fence, lease_secret, attempt, max_attempts, definition, revision, worker, started_at,
+               cancel_requested_at, executor_type, timeout_seconds
+        from test_runs where id = g.run_id limit 1 for update skip locked
+    ) r on true
 ),
--- The one decision: what the attempt's end comes to. See domain/status.rs. Of two ends brought together the first counts.
-decided as materialized (
-    select distinct on (h.run_id) h.*,
-           case when h.cancelled then 'cancelled' when h.too_late then 'timed_out' else h.said end as verdict,
-           case
-               when h.cancelled then coalesce(h.reason, 'requested')
-               when h.too_late then 'timeout'
-               when h.said = 'cancelled' then coalesce(h.reason, 'by_worker')
-               else h.reason
-           end as why
-    from held h
-    where h.is_held
-    order by h.run_id, h.position
-),
+-- Of two ends brought together the first counts.
 ended as materialized (
-    select d.*, coalesce(d.verdict = any(v.retry_on), false) as again,
+    select distinct on (h.run_id)
+           h.position, h.run_id, h.tid, h.status, h.attempt, h.fence, h.secret, h.said, h.worker, h.started_at, h.exit_code, h.output,
+           h.error, h.actor, h.retry_after, d.verdict, d.why,
+           coalesce(d.verdict = any(v.retry_on), false) as again,
            least(
                -- the power as one that can't overflow, also for attempt 1000
-               b.initial_seconds * exp(least((d.attempt - 1) * ln(b.factor), 500)) * (1 + b.jitter * (2 * random() - 1)),
+               b.initial_seconds * exp(least((h.attempt - 1) * ln(b.factor), 500)) * (1 + b.jitter * (2 * random() - 1)),
                b.max_seconds) as wait
-    from decided d
+    from held h
+    -- The one decision: what the attempt's end comes to. See domain/status.rs.
+    cross join lateral (
+        select case when h.cancelled then 'cancelled' when h.too_late then 'timed_out' else h.said end as verdict,
+               case
+                   when h.cancelled then coalesce(h.reason, 'requested')
+                   when h.too_late then 'timeout'
+                   when h.said = 'cancelled' then coalesce(h.reason, 'by_worker')
+                   else h.reason
+               end as why
+    ) d
     left join lateral (
         select retry_on, backoff
         from workflow_revisions
-        where workflow_id = d.definition and revision = d.revision and d.attempt < d.max_attempts
+        where workflow_id = h.definition and revision = h.revision and h.attempt < h.max_attempts
         limit 1
     ) v on true
     cross join lateral (
@@ -51,6 +55,8 @@ ended as materialized (
                round((v.backoff->>'max_seconds')::numeric, 6)::float8 as max_seconds,
                round((v.backoff->>'jitter')::numeric, 6)::float8 as jitter
     ) b
+    where h.is_held
+    order by h.run_id, h.position
 ),
 settled as (
     update test_runs r
@@ -73,7 +79,8 @@ settled as (
     from ended e
     -- By its place, for it is locked; one that was changed before we had it is missed, and looked for again by a new statement.
     where r.ctid = e.tid and r.id is not distinct from e.run_id and r.status = e.status and r.fence = e.fence
-    returning e.*, r.status as becomes, r.reason as because
+    returning e.position, e.run_id, e.attempt, e.fence, e.secret, e.said, e.worker, e.started_at, e.exit_code, e.error, e.actor, e.verdict, e.why,
+              r.status as becomes, r.reason as because
 ),
 attempted as (
     insert into run_attempts (run_id, fence, attempt, status, reason, worker, started_at, finished_at, exit_code, error,
@@ -101,4 +108,5 @@ select position, false, status,
        ),
        coalesce(is_held, false)
 from held h
-where status is not null or exists (select from test_runs r where r.id = h.run_id)
+-- Not `exists`, which the planner may answer by reading the whole table once.
+where status is not null or (select r.id from test_runs r where r.id = h.run_id limit 1) is not null

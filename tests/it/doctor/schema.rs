@@ -84,16 +84,16 @@ const ALTERED: &[(&str, &str, &str, bool)] = &[
         true,
     ),
     (
-        "alter table test_runs drop constraint test_runs_attempt_range",
+        "alter table test_runs drop constraint test_runs_sound",
         "constraints",
-        "constraint test_runs.test_runs_attempt_range is missing",
+        "constraint test_runs.test_runs_sound is missing",
         true,
     ),
     (
-        "alter table test_runs drop constraint test_runs_priority_range;
-         alter table test_runs add constraint test_runs_priority_range check (priority between -1000 and 1000)",
+        "alter table workflow_revisions drop constraint workflow_revisions_priority;
+         alter table workflow_revisions add constraint workflow_revisions_priority check (priority between -1000 and 1000)",
         "constraints",
-        "constraint test_runs.test_runs_priority_range was altered: it is `CHECK (priority >= '-1000'::integer AND priority <= 1000)`",
+        "constraint workflow_revisions.workflow_revisions_priority was altered: it is `CHECK (priority >= '-1000'::integer AND priority <= 1000)`",
         true,
     ),
     (
