@@ -148,7 +148,8 @@ async fn droppable(database: &Database) -> Result<Vec<(String, String)>> {
     Ok(sqlx::query_as(query).bind(TABLES).fetch_all(&database.sql).await?)
 }
 
-/// Runs of the past, a second apart, each with its attempt and its three events. Their ids grow with time, as those of UUIDv7 do.
+/// Runs of the past, half a second apart, so that ten million are of the last 58 days and none is old enough to be deleted meanwhile; each
+/// with its attempt and its three events. Their ids grow with time, as those of UUIDv7 do.
 fn piece(from: u64, to: u64, runs: u64, workflows: u64) -> String {
     format!(
         "begin;
@@ -157,7 +158,7 @@ fn piece(from: u64, to: u64, runs: u64, workflows: u64) -> String {
          select (lpad(to_hex((extract(epoch from t) * 1000)::bigint), 12, '0') || '7' || lpad(to_hex(n % 4096), 3, '0')
                  || '8' || lpad(to_hex(n), 15, '0'))::uuid as id,
                 '{NOOP}@old-' || n % {workflows} as workflow_id, n as fence, t
-         from (select n, now() - interval '1 hour' - make_interval(secs => {runs} - n) as t from generate_series({from}, {to}) n) g;
+         from (select n, now() - interval '1 hour' - make_interval(secs => ({runs} - n) / 2.0) as t from generate_series({from}, {to}) n) g;
          insert into test_runs (id, workflow_id, definition, revision, status, executor_type, input, attempt, fence, settled_fence,
                                 worker, created_at, available_at, started_at, finished_at, timeout_seconds,
                                 heartbeat_timeout_seconds, requested_by, version)

@@ -158,8 +158,11 @@ pub async fn unstarted(
         from test_runs r
         left join workflow_revisions v on v.workflow_id = r.definition and v.revision = r.revision
         where r.status = 'queued'
+          -- what the index can say, before any run is looked at
+          and r.available_at < now() - make_interval(secs => least($1, (select min(start_within_seconds) from workflow_revisions)))
           and r.available_at + make_interval(secs => coalesce(v.start_within_seconds, $1)) < now()
-        order by r.id
+        -- by the index of what is queued: in the order of their ids the planner may read all of history for them
+        order by r.priority desc, r.available_at, r.id
         limit $2
         "#,
         start_within_seconds,

@@ -62,6 +62,7 @@ mod openapi;
 mod outage;
 mod pauses;
 mod pins;
+mod plans;
 mod policies;
 mod pooler;
 mod printing;
