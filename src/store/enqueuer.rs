@@ -28,24 +28,20 @@ const BLOCKED: Duration = Duration::from_secs(30);
 /// Requests for locked workflows that wait on a connection at once, and how long others wait for their place.
 const WAIT_FOR_LOCKS: usize = 3;
 const PLACE: Duration = Duration::from_secs(2);
-/// So many who ask for one taken slot together are a storm, and are told a moment later: they would take the machine from those whose
-/// slots are free.
+/// So many who ask for one taken slot together are a storm, and are told a moment later, and a longer one while others are served too: they
+/// would take the machine from those whose slots are free.
 const STORM: usize = 32;
-const MOMENT: Duration = Duration::from_millis(8);
+const MOMENT: Duration = Duration::from_millis(4);
+const LONGER: Duration = Duration::from_millis(100);
+/// A storm, and whoever asked for another slot, is taken to be there still for so long.
+const LATELY: Duration = Duration::from_millis(250);
 
 type Answer = Result<Enqueued, Arc<Error>>;
 /// Or it takes a closer look, or waiting; and whether it was sent, perhaps with an unknown outcome.
 type Found = Result<Answer, bool>;
 
-/// Those who ask for one slot, in their order.
-type Asking = VecDeque<Asked<Arc<Request>, (When, Found)>>;
-
-/// When an answer is to be given.
-#[derive(Clone, Copy)]
-enum When {
-    Now,
-    InAMoment,
-}
+/// Those who ask for one slot, in their order. What they are told is to be said so much later.
+type Asking = VecDeque<Asked<Arc<Request>, (Duration, Found)>>;
 
 /// A request that has to go its own way.
 pub struct Apart {
@@ -61,7 +57,7 @@ pub struct Enqueuer(Arc<Inner>);
 struct Inner {
     db: Db,
     flights: Db,
-    requests: Arc<Gather<Arc<Request>, (When, Found)>>,
+    requests: Arc<Gather<Arc<Request>, (Duration, Found)>>,
     /// Workflows that were found locked, and until when they are taken to be.
     blocked: Mutex<HashMap<WorkflowId, Instant>>,
     waiting: Semaphore,
@@ -95,9 +91,9 @@ impl Enqueuer {
             return Err(Apart { request, repeated: false });
         }
         match self.0.requests.ask(request.clone()).await {
-            Ok((when, found)) => {
-                if let When::InAMoment = when {
-                    sleep(MOMENT).await;
+            Ok((later, found)) => {
+                if !later.is_zero() {
+                    sleep(later).await;
                 }
                 found.map_err(|repeated| Apart { request, repeated })
             }
@@ -136,13 +132,17 @@ impl Enqueuer {
     pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
         let requests = self.0.requests.flying(flight);
         async move {
+            let mut weather = Weather::default();
             loop {
                 let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
                 for asked in requests.next(PIECE).await {
                     open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
                 }
+                if open.len() > 1 {
+                    weather.others = Some(Instant::now());
+                }
                 while !open.is_empty() {
-                    self.send(&mut open).await;
+                    self.send(&mut open, &mut weather).await;
                 }
             }
         }
@@ -150,7 +150,7 @@ impl Enqueuer {
 
     /// One statement over the first request of each workflow. What that one is told without having changed anything is the answer to all
     /// who ask the same: they asked before the statement began.
-    async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>) {
+    async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>, weather: &mut Weather) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         METRICS.batch_size.with_label_values(&["enqueues"]).observe(first.len() as f64);
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
@@ -169,6 +169,7 @@ impl Enqueuer {
                 Err(error) => Ok(Err(error)),
             };
             let alone = matches!(&found, Ok(Ok(Enqueued::Accepted(_))));
+            let mut later = Duration::ZERO;
             if let Some(others) = open.get_mut(workflow_id) {
                 // They were not sent.
                 let shared = match &found {
@@ -182,10 +183,12 @@ impl Enqueuer {
                 let alike = |other: &Asked<Arc<Request>, _>| !alone && (all || other.item.on_conflict == *on_conflict);
                 let (told, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(others).into_iter().partition(alike);
                 *others = left;
-                let when = if told.len() >= STORM { When::InAMoment } else { When::Now };
-                told.into_iter().for_each(|other| other.answer((when, shared.clone())));
+                if !alone {
+                    later = weather.later(workflow_id, told.len());
+                }
+                told.into_iter().for_each(|other| other.answer((later, shared.clone())));
             }
-            asked.answer((When::Now, found));
+            asked.answer((later, found));
         }
         open.retain(|_, others| !others.is_empty());
     }
@@ -212,6 +215,49 @@ impl Enqueuer {
     }
 }
 
+/// Whether there is a storm, as one flight sees it.
+#[derive(Default)]
+struct Weather {
+    /// The slot that so many asked for together, and when they last did.
+    storm: Option<(WorkflowId, Instant)>,
+    /// When somebody asked for another.
+    others: Option<Instant>,
+}
+
+impl Weather {
+    /// How much later those are told who asked for this slot, beside the first `others` of them.
+    fn later(&mut self, workflow_id: &WorkflowId, others: usize) -> Duration {
+        if others >= STORM {
+            self.storm = Some((workflow_id.clone(), Instant::now()));
+        }
+        let is_storm = self.storm.as_ref().is_some_and(|(slot, at)| slot == workflow_id && at.elapsed() < LATELY);
+        match is_storm {
+            true if self.others.is_some_and(|at| at.elapsed() < LATELY) => LONGER,
+            true => MOMENT,
+            false => Duration::ZERO,
+        }
+    }
+}
+
 fn busy() -> Error {
     Error::Busy(sqlx::Error::Protocol("somebody has the slot of this workflow locked".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_storm_is_told_later_and_later_still_beside_others() {
+        let [busy, other]: [WorkflowId; 2] = ["busy", "other"].map(|id| id.parse().expect("an id"));
+        let mut weather = Weather::default();
+        assert_eq!(weather.later(&busy, STORM - 1), Duration::ZERO);
+        assert_eq!(weather.later(&busy, STORM), MOMENT);
+        assert_eq!(weather.later(&busy, 0), MOMENT, "who asks again alone is a part of it");
+        assert_eq!(weather.later(&other, 0), Duration::ZERO);
+        weather.others = Some(Instant::now());
+        assert_eq!(weather.later(&busy, 0), LONGER);
+        weather.storm = Instant::now().checked_sub(LATELY).map(|at| (busy.clone(), at));
+        assert_eq!(weather.later(&busy, 0), Duration::ZERO, "it is over");
+    }
 }
