@@ -1,10 +1,10 @@
 //! What finished long ago costs nothing: no statement of the service reads the whole of it, though the planner knows how much there is.
 
 use serde_json::Value;
+use sqlx::Row as _;
 use sqlx::postgres::PgConnection;
-use sqlx::{AssertSqlSafe, Executor as _};
 
-use crate::support::database::TestDb;
+use crate::support::database::{TestDb, run_sql};
 use crate::support::plant;
 
 /// What each statement was compiled as.
@@ -52,12 +52,11 @@ fn readers(plan: &Value, found: &mut Vec<String>) {
 }
 
 async fn read_whole(connection: &mut PgConnection, query: &str, arguments: &[String]) -> Vec<String> {
-    connection.execute(sqlx::raw_sql(AssertSqlSafe(format!("prepare s as {query}")))).await.unwrap();
+    run_sql(&mut *connection, format!("prepare s as {query}")).await.unwrap();
     let arguments = if arguments.is_empty() { String::new() } else { format!("({})", arguments.join(", ")) };
-    let explain = format!("explain (format json) execute s{arguments}");
-    let plan: Value =
-        sqlx::query_scalar(AssertSqlSafe(explain)).persistent(false).fetch_one(&mut *connection).await.unwrap();
-    connection.execute("deallocate s").await.unwrap();
+    let explained = run_sql(&mut *connection, format!("explain (format json) execute s{arguments}")).await.unwrap();
+    run_sql(&mut *connection, "deallocate s".to_owned()).await.unwrap();
+    let plan: Value = explained[0].get(0);
     let mut found = Vec::new();
     readers(&plan[0]["Plan"], &mut found);
     found
