@@ -1,10 +1,14 @@
-//! What bare SQL does on the same server, by `pgbench`: every speed goal is a ratio to one of these.
+//! What bare SQL does on the same server, by `pgbench` where that can do it: every speed goal is a ratio to one of these.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
+use sqlx::postgres::PgListener;
 use tokio::process::Command;
 
+use crate::http::{Latencies, latencies, micros, pace};
 use crate::process::folder;
 use crate::server::{Database, Server};
 
@@ -57,6 +61,52 @@ pub async fn cycle(server: &Server, seconds: u64) -> Result<f64> {
     }
     server.remove(database).await?;
     Ok(finished as f64 * done.per_second / done.transactions)
+}
+
+/// From the commit of a row to its claim by who listens, so many times a second: the least that this machine needs. It is no work for
+/// `pgbench`, which can't listen. Needs `track_commit_timestamp`.
+pub async fn pickup(server: &Server, rate: f64, length: Duration) -> Result<Latencies> {
+    let database = server.bare("floor").await?;
+    let table =
+        "create table job(id bigint generated always as identity primary key, state smallint not null default 0,
+                                  inserted xid not null default pg_current_xact_id()::xid);
+                 create index on job(id) where state = 0";
+    database.execute(table).await?;
+    let count = (rate * length.as_secs_f64()) as u64;
+    let mut listener = PgListener::connect_with(&database.sql).await?;
+    listener.listen("job").await?;
+    let insert = async {
+        let (mut connection, mut due) = (database.sql.acquire().await?, pace(rate, count));
+        while due.recv().await.is_some() {
+            let row = "with inserted as (insert into job default values) select pg_notify('job', '')";
+            sqlx::query(row).execute(&mut *connection).await?;
+        }
+        anyhow::Ok(())
+    };
+    let claim = async {
+        let (mut connection, mut claimed) = (database.sql.acquire().await?, HashMap::new());
+        while (claimed.len() as u64) < count {
+            listener.recv().await?;
+            let rows = "with due as (select id from job where state = 0 order by id limit 100 for update skip locked)
+                        update job set state = 1 from due where job.id = due.id returning job.id::text";
+            let ids: Vec<String> = sqlx::query_scalar(rows).fetch_all(&mut *connection).await?;
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
+            claimed.extend(ids.into_iter().map(|id| (id, now)));
+        }
+        anyhow::Ok(claimed)
+    };
+    let ((), claimed) = tokio::try_join!(insert, claim)?;
+    // The database can't be removed as long as somebody listens.
+    drop(listener);
+    let committed =
+        "select id::text, (extract(epoch from pg_xact_commit_timestamp(inserted)) * 1000000)::bigint from job";
+    let mut all = latencies()?;
+    for (id, committed) in database.numbers(committed).await? {
+        let at = claimed.get(&id).with_context(|| format!("row {id} was never claimed"))?;
+        all.saturating_record(micros(*at).saturating_sub(u64::try_from(committed)?));
+    }
+    server.remove(database).await?;
+    Ok(all)
 }
 
 async fn prepared(server: &Server) -> Result<Database> {

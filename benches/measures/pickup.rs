@@ -2,18 +2,18 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use sqlx::postgres::PgListener;
 use tokio::time::sleep;
 
 use super::Bench;
 use super::enqueue::requests;
-use crate::http::{Latencies, latencies, micros, milliseconds, open, pace};
+use crate::floor;
+use crate::http::{Latencies, latencies, milliseconds, open};
 use crate::process::{Role, Serve, folder};
 use crate::report::{Goal, What};
-use crate::server::{Database, Server};
+use crate::server::Database;
 use crate::workflows::NOOP;
 
 const RATE: f64 = 200.0;
@@ -25,7 +25,7 @@ const BARE: &str = "bare SQL: INSERT that notifies, listener, claim of a row";
 pub async fn run(bench: &mut Bench) -> Result<()> {
     for repetition in 0..bench.plan.repetitions {
         bench.says("pickup", repetition);
-        let bare = bare(&bench.server, bench.plan.length()).await?;
+        let bare = floor::pickup(&bench.server, RATE, bench.plan.length()).await?;
         add(bench, BARE, &bare, false);
         let database = bench.server.database("own").await?;
         let apart = apart(&database, bench.plan.length()).await?;
@@ -48,51 +48,6 @@ fn add(bench: &mut Bench, how: &str, latencies: &Latencies, judged: bool) {
         let goal = if judged { goal } else { Goal::None };
         bench.report.add(what.goal(goal), milliseconds(latencies, percentile));
     }
-}
-
-/// The least that this machine needs: who listens is told of an inserted row, and has claimed it.
-async fn bare(server: &Server, length: Duration) -> Result<Latencies> {
-    let database = server.bare("floor").await?;
-    let table =
-        "create table job(id bigint generated always as identity primary key, state smallint not null default 0,
-                                  inserted xid not null default pg_current_xact_id()::xid);
-                 create index on job(id) where state = 0";
-    database.execute(table).await?;
-    let count = (RATE * length.as_secs_f64()) as u64;
-    let mut listener = PgListener::connect_with(&database.sql).await?;
-    listener.listen("job").await?;
-    let insert = async {
-        let (mut connection, mut due) = (database.sql.acquire().await?, pace(RATE, count));
-        while due.recv().await.is_some() {
-            let row = "with inserted as (insert into job default values) select pg_notify('job', '')";
-            sqlx::query(row).execute(&mut *connection).await?;
-        }
-        anyhow::Ok(())
-    };
-    let claim = async {
-        let (mut connection, mut claimed) = (database.sql.acquire().await?, HashMap::new());
-        while (claimed.len() as u64) < count {
-            listener.recv().await?;
-            let rows = "with due as (select id from job where state = 0 order by id limit 100 for update skip locked)
-                        update job set state = 1 from due where job.id = due.id returning job.id::text";
-            let ids: Vec<String> = sqlx::query_scalar(rows).fetch_all(&mut *connection).await?;
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?;
-            claimed.extend(ids.into_iter().map(|id| (id, now)));
-        }
-        anyhow::Ok(claimed)
-    };
-    let ((), claimed) = tokio::try_join!(insert, claim)?;
-    // The database can't be removed as long as somebody listens.
-    drop(listener);
-    let committed =
-        "select id::text, (extract(epoch from pg_xact_commit_timestamp(inserted)) * 1000000)::bigint from job";
-    let mut all = latencies()?;
-    for (id, committed) in database.numbers(committed).await? {
-        let at = claimed.get(&id).with_context(|| format!("row {id} was never claimed"))?;
-        all.saturating_record(micros(*at).saturating_sub(u64::try_from(committed)?));
-    }
-    server.remove(database).await?;
-    Ok(all)
 }
 
 async fn apart(database: &Database, length: Duration) -> Result<Latencies> {
