@@ -1,8 +1,9 @@
--- The same rules for less. Postgres reads every check constraint anew for every statement that writes, and twenty of them were four tenths of what
--- a statement by itself cost; a function is read once per connection. Safe beside a replica of the version before: what is
--- refused, and under which name, stays.
+-- The same rules for less. Postgres reads every check constraint anew for every statement that writes, and twenty of them were four
+-- tenths of what a statement by itself cost; a function is read once per connection. Safe beside a replica of the version before:
+-- what is refused, and under which name, stays.
 
--- No `set search_path` here: it would cost as much as the rules, and nothing is called but what is built in, which comes first in any path.
+-- No `set search_path` here: it would cost as much as the rules, and nothing is called but what is
+-- built in, which comes first in every path that does not put it elsewhere by name.
 create function run_is_sound(
     workflow_id text, status text, on_conflict text, priority smallint, labels jsonb,
     attempt integer, max_attempts integer, timeout_seconds integer, heartbeat_timeout_seconds integer,
