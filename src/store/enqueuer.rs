@@ -1,7 +1,7 @@
 //! Requests for runs, gathered from whoever has one: one statement takes all that came while the one before was under way.
 //!
 //! Gathered is what one statement can decide. What takes a closer look, and what is for a workflow that somebody keeps locked, goes its
-//! own way, so that it delays no other.
+//! own way, so that it delays no other. Workflows that run often gather by themselves, for the same reason: an old snapshot makes them slow.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +12,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::batch::{Look, enqueue_all, enqueue_one, enqueue_to};
 use super::enqueue::{Depth, Enqueued, Request};
-use super::gather::{Asked, Flight, Gather};
+use super::frequent::Frequent;
+use super::gather::{Asked, Flight, Flying, Gather};
 use super::{Db, Error};
 use crate::domain::{OnConflict, WorkflowId};
 use crate::metrics::METRICS;
@@ -40,8 +41,11 @@ type Answer = Result<Enqueued, Arc<Error>>;
 /// Or it takes a closer look, or waiting; and whether it was sent, perhaps with an unknown outcome.
 type Found = Result<Answer, bool>;
 
-/// Those who ask for one slot, in their order. What they are told is to be said so much later.
-type Asking = VecDeque<Asked<Arc<Request>, (Duration, Found)>>;
+/// What somebody is told, and how much later.
+type Told = (Duration, Found);
+type Requests = Gather<Arc<Request>, Told>;
+/// Those who ask for one slot, in their order.
+type Asking = VecDeque<Asked<Arc<Request>, Told>>;
 
 /// A request that has to go its own way.
 pub struct Apart {
@@ -57,7 +61,11 @@ pub struct Enqueuer(Arc<Inner>);
 struct Inner {
     db: Db,
     flights: Db,
-    requests: Arc<Gather<Arc<Request>, (Duration, Found)>>,
+    requests: Arc<Requests>,
+    /// Those for workflows that run often.
+    frequent_requests: Arc<Requests>,
+    frequent: Mutex<Frequent>,
+    weather: Mutex<Weather>,
     /// Workflows that were found locked, and until when they are taken to be.
     blocked: Mutex<HashMap<WorkflowId, Instant>>,
     waiting: Semaphore,
@@ -66,8 +74,16 @@ struct Inner {
 impl Enqueuer {
     /// One that sends by `flights`, while [`Enqueuer::run`] runs, and what goes its own way by `db`.
     pub fn new(db: Db, flights: Db) -> Self {
-        let (requests, waiting) = (Arc::new(Gather::new(ROOM)), Semaphore::new(WAIT_FOR_LOCKS));
-        Self(Arc::new(Inner { db, flights, requests, blocked: Mutex::default(), waiting }))
+        Self(Arc::new(Inner {
+            db,
+            flights,
+            requests: Arc::new(Gather::new(ROOM)),
+            frequent_requests: Arc::new(Gather::new(ROOM)),
+            frequent: Mutex::default(),
+            weather: Mutex::default(),
+            blocked: Mutex::default(),
+            waiting: Semaphore::new(WAIT_FOR_LOCKS),
+        }))
     }
 
     /// Enqueues a run, as [`enqueue_all`] does.
@@ -90,7 +106,9 @@ impl Enqueuer {
         if !simple || !request.is_plain() || self.is_blocked(&request.workflow_id) {
             return Err(Apart { request, repeated: false });
         }
-        match self.0.requests.ask(request.clone()).await {
+        let frequent = lock(&self.0.frequent).has(&request.workflow_id);
+        let requests = if frequent { &self.0.frequent_requests } else { &self.0.requests };
+        match requests.ask(request.clone()).await {
             Ok((later, found)) => {
                 if !later.is_zero() {
                     sleep(later).await;
@@ -117,7 +135,7 @@ impl Enqueuer {
         match &answer {
             Err(error) if matches!(**error, Error::Busy(_)) => self.block(workflow_id),
             // Only who wrote knows that the lock is gone.
-            Ok(Enqueued::Accepted(_)) => drop(self.blocked().remove(workflow_id)),
+            Ok(Enqueued::Accepted(_)) => drop(lock(&self.0.blocked).remove(workflow_id)),
             _ => {}
         }
         answer
@@ -130,27 +148,29 @@ impl Enqueuer {
 
     /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
     pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
-        let requests = self.0.requests.flying(flight);
+        let flying = [&self.0.requests, &self.0.frequent_requests].map(|requests| requests.flying(flight));
         async move {
-            let mut weather = Weather::default();
-            loop {
-                let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
-                for asked in requests.next(PIECE).await {
-                    open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
-                }
-                if open.len() > 1 {
-                    weather.others = Some(Instant::now());
-                }
-                while !open.is_empty() {
-                    self.send(&mut open, &mut weather).await;
-                }
+            let [requests, frequent_requests] = flying;
+            tokio::join!(self.fly(requests), self.fly(frequent_requests));
+        }
+    }
+
+    async fn fly(&self, requests: Flying<Arc<Request>, Told>) {
+        loop {
+            let mut open: BTreeMap<WorkflowId, Asking> = BTreeMap::new();
+            for asked in requests.next(PIECE).await {
+                open.entry(asked.item.workflow_id.clone()).or_default().push_back(asked);
+            }
+            lock(&self.0.weather).look(open.keys());
+            while !open.is_empty() {
+                self.send(&mut open).await;
             }
         }
     }
 
     /// One statement over the first request of each workflow. What that one is told without having changed anything is the answer to all
     /// who ask the same: they asked before the statement began.
-    async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>, weather: &mut Weather) {
+    async fn send(&self, open: &mut BTreeMap<WorkflowId, Asking>) {
         let first: Vec<Asked<_, _>> = open.values_mut().filter_map(VecDeque::pop_front).collect();
         METRICS.batch_size.with_label_values(&["enqueues"]).observe(first.len() as f64);
         let requests: Vec<&Request> = first.iter().map(|asked: &Asked<Arc<Request>, _>| &*asked.item).collect();
@@ -169,6 +189,9 @@ impl Enqueuer {
                 Err(error) => Ok(Err(error)),
             };
             let alone = matches!(&found, Ok(Ok(Enqueued::Accepted(_))));
+            if alone {
+                lock(&self.0.frequent).ran(workflow_id);
+            }
             let mut later = Duration::ZERO;
             if let Some(others) = open.get_mut(workflow_id) {
                 // They were not sent.
@@ -184,7 +207,7 @@ impl Enqueuer {
                 let (told, left): (VecDeque<_>, VecDeque<_>) = std::mem::take(others).into_iter().partition(alike);
                 *others = left;
                 if !alone {
-                    later = weather.later(workflow_id, told.len());
+                    later = lock(&self.0.weather).later(workflow_id, told.len());
                 }
                 told.into_iter().for_each(|other| other.answer((later, shared.clone())));
             }
@@ -193,12 +216,8 @@ impl Enqueuer {
         open.retain(|_, others| !others.is_empty());
     }
 
-    fn blocked(&self) -> MutexGuard<'_, HashMap<WorkflowId, Instant>> {
-        self.0.blocked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn is_blocked(&self, workflow_id: &WorkflowId) -> bool {
-        let mut blocked = self.blocked();
+        let mut blocked = lock(&self.0.blocked);
         let until = blocked.get(workflow_id).copied();
         if until.is_some_and(|until| until <= Instant::now()) {
             blocked.remove(workflow_id);
@@ -209,13 +228,17 @@ impl Enqueuer {
 
     fn block(&self, workflow_id: &WorkflowId) {
         let now = Instant::now();
-        let mut blocked = self.blocked();
+        let mut blocked = lock(&self.0.blocked);
         blocked.retain(|_, until| *until > now);
         blocked.insert(workflow_id.clone(), now + BLOCKED);
     }
 }
 
-/// Whether there is a storm, as one flight sees it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether there is a storm.
 #[derive(Default)]
 struct Weather {
     /// The slot that so many asked for together, and when they last did.
@@ -225,6 +248,17 @@ struct Weather {
 }
 
 impl Weather {
+    /// Takes note of the slots that are asked for together.
+    fn look<'a>(&mut self, mut slots: impl ExactSizeIterator<Item = &'a WorkflowId>) {
+        let others = match &self.storm {
+            Some((storm, _)) => slots.any(|slot| slot != storm),
+            None => slots.len() > 1,
+        };
+        if others {
+            self.others = Some(Instant::now());
+        }
+    }
+
     /// How much later those are told who asked for this slot, beside the first `others` of them.
     fn later(&mut self, workflow_id: &WorkflowId, others: usize) -> Duration {
         if others >= STORM {
@@ -255,7 +289,9 @@ mod tests {
         assert_eq!(weather.later(&busy, STORM), MOMENT);
         assert_eq!(weather.later(&busy, 0), MOMENT, "who asks again alone is a part of it");
         assert_eq!(weather.later(&other, 0), Duration::ZERO);
-        weather.others = Some(Instant::now());
+        weather.look([&busy].into_iter());
+        assert_eq!(weather.later(&busy, 0), MOMENT);
+        weather.look([&other].into_iter());
         assert_eq!(weather.later(&busy, 0), LONGER);
         weather.storm = Instant::now().checked_sub(LATELY).map(|at| (busy.clone(), at));
         assert_eq!(weather.later(&busy, 0), Duration::ZERO, "it is over");

@@ -17,6 +17,7 @@ pub mod enqueue;
 pub mod enqueuer;
 pub mod events;
 pub mod figures;
+mod frequent;
 mod gather;
 pub mod keys;
 pub mod logs;

@@ -6,7 +6,9 @@ use futures_util::future::join_all;
 use serde_json::json;
 use singletrack::Client;
 use singletrack::domain::{Lease, LogChunk, Status, Stream};
+use singletrack::store::batch::cancel_apart;
 use singletrack::store::claim::Renewal;
+use singletrack::store::control::Cancelled;
 use singletrack::store::enqueue::{Enqueued, Request};
 use singletrack::store::enqueuer::Enqueuer;
 use singletrack::store::logs::{Bound, Piece, Printed};
@@ -135,7 +137,7 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
     test.check().await;
 }
 
-/// Until it is opened an insert stands still, and is not committed.
+/// Until it is opened an insert, but of the workflow `other`, stands still, and is not committed.
 const GATE: &str = "
     create table gate ();
     create function stand_at_the_gate() returns trigger language plpgsql as $$
@@ -145,7 +147,7 @@ const GATE: &str = "
         end loop;
         return null;
     end $$;
-    create trigger gate after insert on test_runs for each row execute function stand_at_the_gate()";
+    create trigger gate after insert on test_runs for each row when (new.workflow_id <> 'other') execute function stand_at_the_gate()";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_had_no_answer_and_then_goes_its_own_way_is_told_of_the_run_that_it_made() {
@@ -194,6 +196,41 @@ async fn a_request_that_had_no_answer_and_then_goes_its_own_way_is_told_of_the_r
         other => panic!("its run is there, and it was told {other:?}"),
     }
     holding.await.unwrap().unwrap();
+    test.check().await;
+}
+
+// One thread: what is asked for together is sent together.
+#[tokio::test]
+async fn a_workflow_that_runs_often_and_takes_long_keeps_no_other_waiting() {
+    let test = TestDb::new().await;
+    for workflow in ["often", "other"] {
+        plant::workflow(&test.sql, workflow, &["true"]).await;
+    }
+    let enqueuer = Enqueuer::new(test.db.clone(), test.db.flights(4));
+    for flight in Flight::ALL {
+        tokio::spawn(enqueuer.clone().run(flight));
+    }
+    let enqueue = async |workflow: &str| match enqueuer.enqueue(Request::new(workflow.parse().unwrap(), "test")).await {
+        Ok(Enqueued::Accepted(run)) => run.id,
+        other => panic!("its slot is free, and it was told {other:?}"),
+    };
+    for _ in 0..256 {
+        let run_id = enqueue("often").await;
+        let cancelled = cancel_apart(&test.db, &[run_id], "test").await.unwrap();
+        assert_eq!(cancelled, [Some(Cancelled::AtOnce)]);
+    }
+    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    let mut standing = std::pin::pin!(enqueue("often"));
+    let beside = async {
+        tokio::select! {
+            biased;
+            _ = &mut standing => panic!("the gate is shut"),
+            _ = enqueue("other") => {}
+        }
+    };
+    timeout(Duration::from_secs(5), beside).await.expect("it does not wait until what stands at the gate is given up");
+    sqlx::query("insert into gate default values").execute(&test.sql).await.unwrap();
+    standing.await;
     test.check().await;
 }
 

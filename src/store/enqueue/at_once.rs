@@ -164,7 +164,7 @@ pub(super) async fn attempt(
     Ok(requests.iter().map(|request| found.remove(&request.id).unwrap_or(Found::Undecided)).collect())
 }
 
-/// Who holds the slots of these workflows, by workflow.
+/// Who holds the slots of these workflows, by workflow. Looked for from the end: before it there are all that had a slot since an old snapshot.
 async fn slot_holders(connection: &mut PgConnection, workflow_ids: &[String]) -> sqlx::Result<HashMap<String, Holder>> {
     if workflow_ids.is_empty() {
         return Ok(HashMap::new());
@@ -173,7 +173,9 @@ async fn slot_holders(connection: &mut PgConnection, workflow_ids: &[String]) ->
         r#"
         select w.id as "workflow_id!", h.holder as "holder!: Json<Holder>"
         from (select distinct unnest($1::text[]) as id) w
-        cross join lateral (select to_jsonb(t) as holder from slot_holders t where t.workflow_id = w.id limit 1) h
+        cross join lateral (
+            select to_jsonb(t) as holder from slot_holders t where t.workflow_id = w.id order by t.workflow_id desc limit 1
+        ) h
         "#,
         workflow_ids
     )

@@ -19,7 +19,10 @@ known as materialized (
            -- looked for once where nothing is paused, and not for each
            exists (select from pauses)
                and exists (select from pauses p where p.kind = 'workflow' and p.name in (e.workflow_id, v.workflow_id)) as paused,
-           (select r.id from test_runs r where r.workflow_id = e.workflow_id and r.status in ('queued', 'running') limit 1) as holder
+           -- From the end: before it there are all that had the slot since an old snapshot. Were it `=`, there would be no order to go by.
+           (select r.id from test_runs r
+            where r.workflow_id between e.workflow_id and e.workflow_id and r.status in ('queued', 'running')
+            order by r.workflow_id desc limit 1) as holder
     from entry e
     left join lateral (select id, revision from workflows where id = e.workflow_id and deleted_at is null limit 1) own on true
     left join lateral (
