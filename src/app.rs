@@ -44,7 +44,7 @@ use crate::ui;
 /// Time a client has to send the head of a request, from the first moment on: without a limit, slow ones would use up the connections.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connections for statements that take many at once, and for claims.
-const FLIGHT_CONNECTIONS: u32 = 8;
+const FLIGHT_CONNECTIONS: u32 = 10;
 /// Time open requests have to end when everything else has.
 const LAST_REQUESTS: Duration = Duration::from_secs(2);
 /// Time an outcome has to be recorded after its command was killed, when the replica must leave.

@@ -21,7 +21,7 @@ pub struct Client {
 
 impl Client {
     /// One that opens at most so many connections to the primary of `servers` and as many for what goes its own way, as it needs them;
-    /// two are enough for most.
+    /// four are enough for most.
     ///
     /// # Panics
     /// Outside of a runtime of Tokio.

@@ -18,7 +18,7 @@ use super::{Db, Error};
 use crate::domain::{OnConflict, WorkflowId};
 use crate::metrics::METRICS;
 
-/// Requests that may wait to be sent.
+/// Requests that may wait to be sent, and those for workflows that run often.
 const ROOM: usize = 10_000;
 /// Requests that are taken together.
 const PIECE: usize = 500;
@@ -135,7 +135,10 @@ impl Enqueuer {
         match &answer {
             Err(error) if matches!(**error, Error::Busy(_)) => self.block(workflow_id),
             // Only who wrote knows that the lock is gone.
-            Ok(Enqueued::Accepted(_)) => drop(lock(&self.0.blocked).remove(workflow_id)),
+            Ok(Enqueued::Accepted(_)) => {
+                lock(&self.0.blocked).remove(workflow_id);
+                lock(&self.0.frequent).ran(workflow_id);
+            }
             _ => {}
         }
         answer
@@ -146,7 +149,8 @@ impl Enqueuer {
         enqueue_all(&self.0.flights, requests).await
     }
 
-    /// Sends what is asked for, for ever: one batch after the other. One task for each [`Flight`].
+    /// Sends what is asked for, for ever: one batch after the other, and beside them those of workflows that run often. One task for each
+    /// [`Flight`].
     pub fn run(self, flight: Flight) -> impl Future<Output = ()> {
         let flying = [&self.0.requests, &self.0.frequent_requests].map(|requests| requests.flying(flight));
         async move {
@@ -251,8 +255,8 @@ impl Weather {
     /// Takes note of the slots that are asked for together.
     fn look<'a>(&mut self, mut slots: impl ExactSizeIterator<Item = &'a WorkflowId>) {
         let others = match &self.storm {
-            Some((storm, _)) => slots.any(|slot| slot != storm),
-            None => slots.len() > 1,
+            Some((storm, at)) if at.elapsed() < LATELY => slots.any(|slot| slot != storm),
+            _ => slots.len() > 1,
         };
         if others {
             self.others = Some(Instant::now());
@@ -295,5 +299,8 @@ mod tests {
         assert_eq!(weather.later(&busy, 0), LONGER);
         weather.storm = Instant::now().checked_sub(LATELY).map(|at| (busy.clone(), at));
         assert_eq!(weather.later(&busy, 0), Duration::ZERO, "it is over");
+        weather.others = None;
+        weather.look([&other].into_iter());
+        assert_eq!(weather.later(&other, STORM), MOMENT, "there is nobody else");
     }
 }

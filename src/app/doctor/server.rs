@@ -148,11 +148,11 @@ fn unwanted(settings: &[Setting]) -> Vec<Finding> {
     findings
 }
 
-/// What runs out. A replica has ten connections besides its pool: eight for what is sent all the time, two that are never shared.
+/// What runs out. A replica has twelve connections besides its pool: ten for what is sent all the time, two that are never shared.
 fn scarce(room: &Room, pool_size: u32) -> Vec<Finding> {
     let mut findings = Vec::new();
     let Room { connections, connections_limit: limit, replicas, wraparound_age, ref collation } = *room;
-    let wanted = replicas * (i64::from(pool_size) + 10);
+    let wanted = replicas * (i64::from(pool_size) + 12);
     if connections * 10 > limit * 9 {
         findings.push(Finding::new(
             format!("{connections} of {limit} connections are in use"),
@@ -162,7 +162,7 @@ fn scarce(room: &Room, pool_size: u32) -> Vec<Finding> {
     }
     if wanted > limit {
         findings.push(Finding::new(
-            format!("{replicas} replicas may want {wanted} connections (SINGLETRACK_POOL_SIZE={pool_size} and 10 each), and there are {limit}"),
+            format!("{replicas} replicas may want {wanted} connections (SINGLETRACK_POOL_SIZE={pool_size} and 12 each), and there are {limit}"),
             "Under load some of them find none; a lease that can't be renewed is lost.",
             "Raise max_connections, or lower SINGLETRACK_POOL_SIZE. (Where the replicas have another one, give it to doctor too.)",
         ));
@@ -247,15 +247,15 @@ mod tests {
     #[test]
     fn what_runs_out_is_wrong_when_little_is_left() {
         let room =
-            Room { connections: 90, connections_limit: 100, replicas: 5, wraparound_age: OLD_AGE, collation: None };
+            Room { connections: 90, connections_limit: 100, replicas: 4, wraparound_age: OLD_AGE, collation: None };
         assert_eq!(whats(scarce(&room, 10)), [""; 0]);
         let full =
-            Room { connections: 91, replicas: 6, wraparound_age: OLD_AGE + 1, collation: Some("x".into()), ..room };
+            Room { connections: 91, replicas: 5, wraparound_age: OLD_AGE + 1, collation: Some("x".into()), ..room };
         assert_eq!(
             whats(scarce(&full, 10)),
             [
                 "91 of 100 connections are in use",
-                "6 replicas may want 120 connections (SINGLETRACK_POOL_SIZE=10 and 10 each), and there are 100",
+                "5 replicas may want 110 connections (SINGLETRACK_POOL_SIZE=10 and 12 each), and there are 100",
                 "1000000001 transactions were not frozen yet",
                 "the collation of this database has changed: x",
             ]

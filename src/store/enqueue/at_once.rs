@@ -164,7 +164,7 @@ pub(super) async fn attempt(
     Ok(requests.iter().map(|request| found.remove(&request.id).unwrap_or(Found::Undecided)).collect())
 }
 
-/// Who holds the slots of these workflows, by workflow. Looked for from the end: before it there are all that had a slot since an old snapshot.
+/// Who holds the slots of these workflows, by workflow; looked for from the end, as the one statement does.
 async fn slot_holders(connection: &mut PgConnection, workflow_ids: &[String]) -> sqlx::Result<HashMap<String, Holder>> {
     if workflow_ids.is_empty() {
         return Ok(HashMap::new());
@@ -174,7 +174,11 @@ async fn slot_holders(connection: &mut PgConnection, workflow_ids: &[String]) ->
         select w.id as "workflow_id!", h.holder as "holder!: Json<Holder>"
         from (select distinct unnest($1::text[]) as id) w
         cross join lateral (
-            select to_jsonb(t) as holder from slot_holders t where t.workflow_id = w.id order by t.workflow_id desc limit 1
+            select to_jsonb(t) as holder
+            from slot_holders t
+            where t.workflow_id between w.id and w.id
+            order by t.workflow_id desc
+            limit 1
         ) h
         "#,
         workflow_ids

@@ -193,7 +193,7 @@ async fn connections_that_cannot_be_had_are_found() {
     let finding = only(&report(&test).await, "room");
     assert_eq!(
         finding.what,
-        "16 replicas may want 320 connections (SINGLETRACK_POOL_SIZE=10 and 10 each), and there are 297"
+        "16 replicas may want 352 connections (SINGLETRACK_POOL_SIZE=10 and 12 each), and there are 297"
     );
     clean(&look(&test.options(), &Terms { pool_size: 5, ..TERMS }).await);
 }
