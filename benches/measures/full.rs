@@ -52,24 +52,28 @@ fn tell(bench: &mut Bench, samples: &[Sample]) {
     let settled = &samples[MINUTE.min(samples.len().saturating_sub(1))..];
     let early = &settled[..settled.len().min(MINUTE)];
     let late = &settled[settled.len().saturating_sub(MINUTE)..];
-    let middle = |samples: &[Sample], of: Of| median(&samples.iter().map(of).collect::<Vec<_>>());
-    let parts: [(&str, &'static str, Goal, Of); 3] = [
-        ("p99 of an enqueue", "ms", Goal::TimesAtMost(1.25), |sample| sample.p99),
-        ("runs enqueued", "/s", Goal::TimesAtLeast(0.8), |sample| sample.rate),
-        ("dead rows", "rows", Goal::TimesAtMost(1.25), |sample| sample.dead.iter().map(|(_, dead)| *dead as f64).sum()),
+    let dead: Of = |sample| sample.dead.iter().map(|(_, dead)| *dead as f64).sum();
+    let highest: Over = |values| values.iter().copied().fold(0.0, f64::max);
+    let parts: [(&str, &'static str, Goal, Of, Over); 3] = [
+        ("p99 of an enqueue", "ms", Goal::TimesAtMost(1.25), |sample| sample.p99, median),
+        ("runs enqueued", "/s", Goal::TimesAtLeast(0.8), |sample| sample.rate, median),
+        // They go up and down with each vacuum: a minute's middle says only when in it there was one.
+        ("dead rows at most", "rows", Goal::TimesAtMost(1.25), dead, highest),
     ];
-    for (name, unit, goal, of) in parts {
+    for (name, unit, goal, of, over) in parts {
+        let figure = |samples: &[Sample]| over(&samples.iter().map(of).collect::<Vec<_>>());
         let before = format!("{name}, second minute");
-        bench.report.add(What::new("full", &before, unit), middle(early, of));
+        bench.report.add(What::new("full", &before, unit), figure(early));
         let what = What::new("full", format!("{name}, last minute"), unit).against(before).goal(goal);
-        bench.report.add(what, middle(late, of));
+        bench.report.add(what, figure(late));
     }
     let series: Vec<Value> = samples.iter().map(Sample::json).collect();
     bench.report.detail("full", json!({"every_seconds": EVERY.as_secs(), "series": series}));
 }
 
-/// One number of a sample.
+/// One number of a sample, and of those of a minute.
 type Of = fn(&Sample) -> f64;
+type Over = fn(&[f64]) -> f64;
 
 struct Sample {
     rate: f64,

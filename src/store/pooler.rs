@@ -29,7 +29,7 @@ pub enum Error {
     Unreachable(#[from] Unreachable),
     /// There is no answer, as from a pooler that has no second connection to give.
     #[error(
-        "not looked at within {LIMIT:?}: the database is slow, or a pooler gives no second connection; a session pooler must have more connections to give than SINGLETRACK_POOL_SIZE and 2"
+        "not looked at within {LIMIT:?}: the database is slow, or a pooler gives no second connection; a session pooler must have more connections to give than SINGLETRACK_POOL_SIZE and 12"
     )]
     Silent,
     /// Sessions are mixed up.
