@@ -24,6 +24,7 @@ use crate::domain::workflow::{check_key, check_labels, check_priority};
 use crate::domain::{Holder, OnConflict, Run, Status, WorkflowId};
 use crate::metrics::METRICS;
 use crate::store;
+use crate::store::claim::expect;
 use crate::store::enqueue::{Enqueued, Key, Request, When, holders};
 
 const TAG: &str = "runs";
@@ -230,6 +231,7 @@ fn end(api: &Api, request: &Request, answer: Result<Enqueued, Arc<store::Error>>
     METRICS.enqueues.with_label_values(&[name(&answer)]).inc();
     match answer {
         Ok(Enqueued::Accepted(run)) => {
+            expect(run.priority);
             if run.status == Status::Queued {
                 api.announce(&run);
             }

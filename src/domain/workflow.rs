@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
@@ -78,12 +79,15 @@ pub fn check_key(key: &str) -> Result<(), String> {
     Err("must be 1 to 255 characters, without blanks at its ends".to_owned())
 }
 
+/// The priorities there are, higher first.
+pub const PRIORITIES: RangeInclusive<i16> = -100..=100;
+
 /// Checks a priority.
 pub fn check_priority(priority: i16) -> Result<(), String> {
-    if (-100..=100).contains(&priority) {
+    if PRIORITIES.contains(&priority) {
         return Ok(());
     }
-    Err(format!("{priority} is out of range: -100 to 100, higher first"))
+    Err(format!("{priority} is out of range: {} to {}, higher first", PRIORITIES.start(), PRIORITIES.end()))
 }
 
 /// Checks labels: at most 64, names of 1 to 63 bytes, values of at most 255 bytes, none with a NUL.

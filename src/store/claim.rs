@@ -1,6 +1,7 @@
 //! Claiming due runs, renewing what was claimed, and giving it back.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::value::RawValue;
@@ -9,6 +10,7 @@ use sqlx::postgres::types::PgInterval;
 use sqlx::types::Json;
 use uuid::Uuid;
 
+use crate::domain::workflow::PRIORITIES;
 use crate::domain::{Lease, Run, Status};
 use crate::metrics::METRICS;
 
@@ -35,8 +37,9 @@ pub struct Claim<'a> {
     pub bound: Option<&'a str>,
     /// Under which id a repetition of this claim is known.
     pub claim_id: Option<&'a str>,
-    /// Only runs that became due within so long: who has just seen that nothing else was due need not walk past what others have
-    /// claimed since, which takes long while an old snapshot keeps vacuum from removing it. `None` for all.
+    /// Only runs that became due within so long, and of priorities that are [expected](expect): who has just seen that nothing else was
+    /// due need not walk past what is for others, nor past what was claimed, which takes long while an old snapshot keeps vacuum from
+    /// removing it. `None` for all.
     pub recent: Option<Duration>,
     /// How many runs at most: its free capacity.
     pub limit: i64,
@@ -76,7 +79,25 @@ pub async fn claim(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Re
     }
 }
 
+/// The priorities that a claim of what is recent looks for: each of the 201 would cost it a microsecond.
+static EXPECTED: LazyLock<Mutex<BTreeSet<i16>>> = LazyLock::new(|| Mutex::new(BTreeSet::from([0])));
+
+/// From now on claims of what is recent look for runs of this priority too. A claim of all expects what it finds: so the first run of a
+/// priority that this process has not met is found by the next one of those.
+pub fn expect(priority: i16) {
+    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).insert(priority);
+}
+
+/// Highest first.
+fn priorities(recent: Option<Duration>) -> Vec<i16> {
+    match recent {
+        Some(_) => EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).iter().rev().copied().collect(),
+        None => PRIORITIES.rev().collect(),
+    }
+}
+
 async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<Vec<Claimed>> {
+    let priorities = priorities(claim.recent);
     let rows = sqlx::query_file!(
         "src/store/sql/claim.sql",
         claim.worker,
@@ -90,10 +111,12 @@ async fn take(connection: &mut PgConnection, claim: &Claim<'_>) -> sqlx::Result<
         claim.recent.and_then(|recent| PgInterval::try_from(recent).ok()),
         claim.bound,
         claim.actor,
+        &priorities,
     )
     .fetch_all(connection)
     .await?;
     for row in &rows {
+        expect(row.priority);
         METRICS.claims.with_label_values(&[row.executor_type.as_str()]).inc();
         let waited = row.started_at.zip(row.available_at).and_then(|(start, due)| (start - due).to_std().ok());
         METRICS.waiting_seconds.observe(waited.unwrap_or_default().as_secs_f64());

@@ -86,6 +86,11 @@ const SESSION: &str = "
            -- A statement is planned once per connection, perhaps while there is next to nothing in the tables, and its plan is kept
            -- while they grow by thousands of rows per second: without an index that would be a scan of all of them, each time.
            set_config('enable_seqscan', 'off', false),
+           -- Which index serves it is a matter of how many rows it has to look at. Pages must not count: an index that was large once
+           -- and has few rows now, as after a burst or under an old snapshot, seems to have many pages for each, and one over the whole
+           -- history, or one without the order of the queue, to be cheaper.
+           set_config('random_page_cost', '0', false),
+           set_config('seq_page_cost', '0', false),
            set_config('jit', 'off', false),
            -- whose enqueue it was, for those who hear of it
            set_config('singletrack.replica', $2, false),

@@ -1,16 +1,19 @@
 //! What a claim takes, and that no single row can keep it from the others.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 use singletrack::domain::{Lease, Status};
-use sqlx::PgPool;
+use singletrack::store::enqueue::{Enqueued, Request};
+use sqlx::{PgConnection, PgPool};
 use uuid::Uuid;
 
-use crate::support::calls::{LIMIT, claim_one, claim_some, row};
+use crate::support::calls::{LIMIT, claim_due, claim_in, claim_one, claim_some, request, row, send};
 use crate::support::database::TestDb;
+use crate::support::eventually;
 use crate::support::plant;
+use crate::support::replica::Replica;
 
 /// Changes a row past the triggers, as a restore or a superuser may.
 async fn force(sql: &PgPool, run_id: Uuid, statement: &'static str) {
@@ -106,5 +109,97 @@ async fn a_run_starts_after_the_one_before_it_though_the_clock_was_set_back_and_
     let run = row(&test.sql, lease.run_id).await;
     assert_eq!(run["reason"], json!("worker_lost"));
     assert!(time(&run, "finished_at") >= time(&run, "started_at"), "{run}");
+    test.check().await;
+}
+
+/// Enqueues a run of `workflow` with this priority.
+async fn enqueued(test: &TestDb, workflow: &str, priority: i16) -> Uuid {
+    plant::workflow(&test.sql, workflow, &["true"]).await;
+    match send(&test.db, &Request { priority: Some(priority), ..request(workflow) }, false).await.unwrap() {
+        Enqueued::Accepted(run) => run.id,
+        other => panic!("{workflow}: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_claim_takes_the_highest_priority_first_then_the_oldest_and_locks_no_more_than_it_takes() {
+    let test = TestDb::new().await;
+    let mut expected = Vec::new();
+    for (number, priority) in [-100, 0, 5, 0, 100, 5].into_iter().enumerate() {
+        expected.push((-priority, number, enqueued(&test, &format!("w{number}"), priority).await));
+    }
+    expected.sort();
+    let expected: Vec<Uuid> = expected.into_iter().map(|(_, _, id)| id).collect();
+    let mut first = test.sql.begin().await.unwrap();
+    let taken = claim_in(&mut first, 2).await.unwrap();
+    assert_eq!(taken.iter().map(|claimed| claimed.run.id).collect::<Vec<_>>(), expected[..2]);
+    // What it has is passed over, and it has nothing else.
+    assert_eq!(claimed(&test).await, expected[2..]);
+    first.commit().await.unwrap();
+    test.check().await;
+}
+
+#[tokio::test]
+async fn a_claim_of_what_is_recent_takes_that_and_a_priority_is_expected_once_it_was_met() {
+    let test = TestDb::new().await;
+    let recent = async || {
+        let claim =
+            async |connection: &mut PgConnection| claim_due(connection, 10, Some(Duration::from_secs(10))).await;
+        let claimed = test.db.with(claim).await.unwrap();
+        claimed.iter().map(|claimed| claimed.run.id).collect::<Vec<_>>()
+    };
+    // No other test has a run of this one.
+    let (met, usual, old) =
+        (enqueued(&test, "met", -93).await, enqueued(&test, "usual", 0).await, enqueued(&test, "old", 0).await);
+    force(&test.sql, old, "update test_runs set available_at = now() - interval '1 minute' where id = $1").await;
+    assert_eq!(recent().await, [usual]);
+    assert_eq!(claimed(&test).await, [old, met]);
+    let again = enqueued(&test, "again", -93).await;
+    assert_eq!(recent().await, [again]);
+    test.check().await;
+}
+
+/// Whose claim waits until there is a row in `gate`.
+const GATE: &str = "
+    create table gate ();
+    create function stand_at_the_gate() returns trigger language plpgsql as $$
+    begin
+        while not exists (select from gate) loop
+            perform pg_sleep(0.01);
+        end loop;
+        return null;
+    end $$;
+    create trigger gate after update on test_runs for each row
+        when (new.workflow_id = 'slow' and new.status = 'running' and old.status = 'queued')
+        execute function stand_at_the_gate()";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_enqueued_while_a_claim_is_late_is_claimed_beside_it() {
+    let test = TestDb::new().await;
+    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    let replica = Replica::start(&test).await;
+    let client = &replica.client;
+    for workflow in ["slow", "other"] {
+        client.define(workflow, "true").await;
+    }
+    let late = "select from pg_stat_activity
+                where datname = current_database() and wait_event = 'PgSleep' and query_start < now() - interval '20 ms'";
+    // The first one may have asked for all capacity; from then on some is left.
+    for round in [1, 2] {
+        let slow = client.enqueue("slow").await.run_id();
+        eventually("its claim is late", Duration::from_secs(10), async || {
+            sqlx::query(late).fetch_optional(&test.sql).await.unwrap().map(drop)
+        })
+        .await;
+        if round == 2 {
+            let other = client.enqueue("other").await.run_id();
+            assert_eq!(client.finished(other).await["status"], "succeeded");
+            assert_eq!(plant::status(&test.sql, slow).await, Status::Queued);
+        }
+        sqlx::query("insert into gate default values").execute(&test.sql).await.unwrap();
+        assert_eq!(client.finished(slow).await["status"], "succeeded");
+        sqlx::query("delete from gate").execute(&test.sql).await.unwrap();
+    }
+    replica.finish().await;
     test.check().await;
 }

@@ -1,25 +1,33 @@
 -- MATERIALIZED, or the planner may run the locking part once per row of the update and lock more than the limit.
 with due as materialized (
-    select ctid as tid, id, status
-    from test_runs
-    where status = 'queued'
-      and available_at <= now()
-      and available_at >= coalesce(now() - $9::interval, '-infinity')
-      and executor_type = any($3::text[])
-      and ($2::text[] is null or queue = any($2::text[]))
-      and ($7::text[] is null or workflow_id = any($7::text[]) or definition = any($7::text[]))
-      and ($10::text is null or workflow_id ~ $10)
-      -- looked for once where nothing is paused, and not for each run
-      and (not exists (select from pauses)
-           or not exists (
-               select
-               from pauses p
-               where p.kind = 'workflow' and p.name in (workflow_id, definition) or p.kind = 'queue' and p.name = queue))
-      -- A larger one, put there by hand or by a restore, would make the update below fail for all of them.
-      and fence <= (select last_value from run_fence)
-    order by priority desc, available_at, id
+    select d.tid, d.id, d.status
+    -- One priority after the other, so that each begins in the index at the time below, and not at the oldest entry. They come in the
+    -- order of the array: there is no other way to join these two.
+    from unnest($12::smallint[]) each (priority)
+    cross join lateral (
+        select ctid as tid, id, status
+        from test_runs
+        where status = 'queued'
+          and priority = each.priority
+          and available_at <= now()
+          and available_at >= coalesce(now() - $9::interval, '-infinity')
+          and executor_type = any($3::text[])
+          and ($2::text[] is null or queue = any($2::text[]))
+          and ($7::text[] is null or workflow_id = any($7::text[]) or definition = any($7::text[]))
+          and ($10::text is null or workflow_id ~ $10)
+          -- looked for once where nothing is paused, and not for each run
+          and (not exists (select from pauses)
+               or not exists (
+                   select
+                   from pauses p
+                   where p.kind = 'workflow' and p.name in (workflow_id, definition) or p.kind = 'queue' and p.name = queue))
+          -- A larger one, put there by hand or by a restore, would make the update below fail for all of them.
+          and fence <= (select last_value from run_fence)
+        order by available_at, id
+        limit $4
+        for update skip locked
+    ) d
     limit $4
-    for update skip locked
 ),
 -- In the order in which they come out of there: to sort them once more would cost as much as to read them.
 numbered as (

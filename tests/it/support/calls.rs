@@ -45,6 +45,15 @@ pub async fn claim_some(db: &Db, limit: i64) -> Result<Vec<Claimed>, store::Erro
 
 /// The same inside somebody's open transaction.
 pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result<Vec<Claimed>> {
+    claim_due(connection, limit, None).await
+}
+
+/// The same of what became due within `recent`.
+pub async fn claim_due(
+    connection: &mut PgConnection,
+    limit: i64,
+    recent: Option<Duration>,
+) -> sqlx::Result<Vec<Claimed>> {
     let executor_types = ["command".to_owned()];
     let request = Claim {
         worker: "test",
@@ -54,7 +63,7 @@ pub async fn claim_in(connection: &mut PgConnection, limit: i64) -> sqlx::Result
         workflows: None,
         bound: None,
         claim_id: None,
-        recent: None,
+        recent,
         limit,
         timeout_seconds: 600,
         heartbeat_timeout_seconds: 60,
