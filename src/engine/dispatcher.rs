@@ -21,8 +21,10 @@ const PIECE: usize = 500;
 const MANY: usize = 100;
 /// A claim that takes longer is late: one of its runs has many dead entries of its own in an index, perhaps, and the others need not wait.
 const LATE: Duration = Duration::from_millis(20);
-/// For so long after a late one a claim leaves a quarter of the free capacity to those beside it.
+/// For so long after a late one the next may be late too: it leaves a quarter of the free capacity to those beside it...
 const CAREFUL: Duration = Duration::from_secs(60);
+/// ...which begin after this.
+const SOON: Duration = Duration::from_millis(2);
 /// So many claims are under way at once, at most.
 const AT_ONCE: usize = 3;
 
@@ -77,7 +79,7 @@ impl Dispatcher {
         }
         let behind = std::mem::take(&mut self.behind);
         let careful = !behind && self.late.is_some_and(|late| late.elapsed() < CAREFUL);
-        let spare = if careful { free.div_ceil(4).min(free - 1) } else { 0 };
+        let (spare, patience) = if careful { (free.div_ceil(4).min(free - 1), SOON) } else { (0, LATE) };
         let wanted = (free - spare).min(if behind { 2 * PIECE } else { PIECE });
         // Of many two at once, where there is much to do: they pass by each other's, and Postgres has more than one core.
         let second = if behind && wanted >= MANY { wanted / 2 } else { 0 };
@@ -90,15 +92,15 @@ impl Dispatcher {
         let mut claims: FuturesUnordered<_> = under_way.iter().map(|&look| take(&ctx, look)).collect();
         let (mut sent, mut count, mut full, mut failed, mut unheeded) = (claims.len(), 0, false, None, false);
         while let Some(&Look { begun, .. }) = under_way.first() {
-            let late = begun.elapsed() >= LATE;
-            if late && !behind {
-                self.late = Some(Instant::now());
-            }
+            let late = begun.elapsed() >= patience;
             let beside = late && !behind && !full && failed.is_none() && claims.len() < AT_ONCE;
             tokio::select! {
                 biased;
                 Some((look, taken)) = claims.next() => {
                     under_way.retain(|other| other.number != look.number);
+                    if !behind && look.begun.elapsed() >= LATE {
+                        self.late = Some(Instant::now());
+                    }
                     match self.start(look, taken) {
                         Ok(started) => {
                             count += started;
@@ -107,7 +109,7 @@ impl Dispatcher {
                         Err(error) => failed = Some(error),
                     }
                 }
-                () = sleep_until((begun + LATE).into()), if !late => {}
+                () = sleep_until((begun + patience).into()), if !late => {}
                 () = ctx.wake.notified(), if beside => {
                     let asked: usize = under_way.iter().map(|look| look.limit).sum();
                     let room = ctx.capacity.available_permits().saturating_sub(asked).min(PIECE);
