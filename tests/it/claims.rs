@@ -159,24 +159,11 @@ async fn a_claim_of_what_is_recent_takes_that_and_a_priority_is_expected_once_it
     test.check().await;
 }
 
-/// Whose claim waits until there is a row in `gate`.
-const GATE: &str = "
-    create table gate ();
-    create function stand_at_the_gate() returns trigger language plpgsql as $$
-    begin
-        while not exists (select from gate) loop
-            perform pg_sleep(0.01);
-        end loop;
-        return null;
-    end $$;
-    create trigger gate after update on test_runs for each row
-        when (new.workflow_id = 'slow' and new.status = 'running' and old.status = 'queued')
-        execute function stand_at_the_gate()";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_enqueued_while_a_claim_is_late_is_claimed_beside_it() {
     let test = TestDb::new().await;
-    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    plant::gate(&test.sql, "update", "new.workflow_id = 'slow' and new.status = 'running' and old.status = 'queued'")
+        .await;
     let replica = Replica::start(&test).await;
     let client = &replica.client;
     for workflow in ["slow", "other"] {

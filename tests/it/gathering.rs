@@ -137,23 +137,11 @@ async fn what_workers_say_at_once_is_a_few_statements_and_each_has_its_own_answe
     test.check().await;
 }
 
-/// Until it is opened an insert, but of the workflow `other`, stands still, and is not committed.
-const GATE: &str = "
-    create table gate ();
-    create function stand_at_the_gate() returns trigger language plpgsql as $$
-    begin
-        while not exists (select from gate) loop
-            perform pg_sleep(0.01);
-        end loop;
-        return null;
-    end $$;
-    create trigger gate after insert on test_runs for each row when (new.workflow_id <> 'other') execute function stand_at_the_gate()";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_had_no_answer_and_then_goes_its_own_way_is_told_of_the_run_that_it_made() {
     let test = TestDb::new().await;
     plant::workflow(&test.sql, "w", &["true"]).await;
-    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    plant::gate(&test.sql, "insert", "new.workflow_id <> 'other'").await;
     // What is sent together is given up before it is through the gate; what goes its own way has to wait for its connection.
     let (flights, db) = (Db::new(test.options(), 2, Duration::from_secs(1)), Db::new(test.options(), 1, LIMIT));
     let ((taken, is_taken), (let_go, free), held) = (oneshot::channel(), oneshot::channel::<()>(), db.clone());
@@ -219,7 +207,7 @@ async fn a_workflow_that_runs_often_and_takes_long_keeps_no_other_waiting() {
         let cancelled = cancel_apart(&test.db, &[run_id], "test").await.unwrap();
         assert_eq!(cancelled, [Some(Cancelled::AtOnce)]);
     }
-    sqlx::raw_sql(GATE).execute(&test.sql).await.unwrap();
+    plant::gate(&test.sql, "insert", "new.workflow_id <> 'other'").await;
     let mut standing = std::pin::pin!(enqueue("often"));
     let beside = async {
         tokio::select! {

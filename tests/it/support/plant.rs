@@ -5,7 +5,7 @@ use singletrack::domain::{Lease, Status};
 use sqlx::PgPool;
 use uuid::Uuid;
 
-use super::database::TestDb;
+use super::database::{TestDb, run_sql};
 
 /// Defines a workflow that runs `argv`, unless it is there.
 pub async fn workflow(sql: &PgPool, id: &str, argv: &[&str]) {
@@ -137,4 +137,20 @@ pub async fn poison(test: &TestDb) {
     .execute(&test.sql)
     .await
     .unwrap();
+}
+
+/// A gate at which each `insert` or `update` of a run stands for which `condition` holds, until there is a row in `gate`.
+pub async fn gate(sql: &PgPool, event: &str, condition: &str) {
+    let gate = format!(
+        "create table gate ();
+         create function stand_at_the_gate() returns trigger language plpgsql as $$
+         begin
+             while not exists (select from gate) loop
+                 perform pg_sleep(0.01);
+             end loop;
+             return null;
+         end $$;
+         create trigger gate after {event} on test_runs for each row when ({condition}) execute function stand_at_the_gate()"
+    );
+    run_sql(sql, gate).await.unwrap();
 }
