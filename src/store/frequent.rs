@@ -1,5 +1,6 @@
-//! Which workflows are enqueued here, one by one, so often that an old snapshot would make each of their enqueues slow: while one is held, Postgres walks past every
-//! slot that a workflow has had since (docs/performance.md), and whoever shares a statement with it waits as long.
+//! Which workflows are enqueued here, one by one, so often that an old snapshot would make each of their enqueues slow: while one is
+//! held, Postgres walks past every slot that a workflow has had since (docs/performance.md), and whoever shares a statement with it
+//! waits as long.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;

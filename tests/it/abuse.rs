@@ -140,20 +140,13 @@ async fn while_hundreds_of_clients_are_as_slow_as_they_can_the_others_are_served
     assert_eq!(client.get("/api/v1/runs/counts").await.body.get("running"), Some(&Value::from(0)));
 }
 
-/// The most memory that a process has had so far, in MiB.
-fn peak(replica: &Process) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", replica.child.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_of_millions_of_small_values_is_refused_before_they_take_up_memory() {
     let _alone = ALONE.lock().await;
     let test = TestDb::new().await;
     let replica = Process::serve(&test.url, &[("SINGLETRACK_WORKERS", "0")]);
     let zeros = "0,".repeat(4 << 20);
-    let before = peak(&replica);
+    let before = replica.peak_memory();
     for body in
         [format!(r#"{{"runs": [{zeros}0]}}"#), format!(r#"{{"runs": [{{"workflow_id": "w", "input": [{zeros}0]}}]}}"#)]
     {
@@ -164,7 +157,7 @@ async fn a_batch_of_millions_of_small_values_is_refused_before_they_take_up_memo
         let detail = refused.body["detail"].as_str().unwrap();
         assert!(detail.contains("values"), "{detail}");
     }
-    let taken = peak(&replica) - before;
+    let taken = replica.peak_memory() - before;
     assert!(taken < 100, "{taken} MiB");
     // Text with as many commas is one value.
     let long = json!({"runs": [{"workflow_id": "w", "input": zeros}]});

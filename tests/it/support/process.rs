@@ -44,6 +44,13 @@ pub fn singletrack(arguments: &[&str]) -> Command {
 pub const GUARD: &str = env!("CARGO_BIN_EXE_singletrack");
 
 impl Process {
+    /// The most memory that it has had so far, in MiB.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+    }
+
     /// `singletrack serve` on `url`, as soon as it says that it is ready.
     pub fn serve(url: &str, environment: &[(&str, &str)]) -> Self {
         let mut command = singletrack(&["serve"]);
